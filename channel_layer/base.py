@@ -1,0 +1,127 @@
+"""The contracts of this package: what applications call, and what our own two processes stand on.
+
+``ChannelLayer`` is the public API, in the words of the channel layer specification. ``ProcessLayer`` is what
+an interface server or a worker needs besides: links, openings, and what happens to messages for its channels.
+Nothing is implemented here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
+
+from channel_layer.frames import Frame
+
+__all__ = ["ChannelLayer", "LocalDelivery", "Message", "ProcessLayer", "ProcessListener"]
+
+Message = Mapping[str, Any]
+
+
+class ChannelLayer(Protocol):
+    """Named channels and groups; channel layer specification, C1-C22 in docs/conformance.md."""
+
+    extensions: list[str]
+    ChannelFull: type[Exception]
+    MessageTooLarge: type[Exception]
+
+    async def send(self, channel: str, message: Message) -> None:
+        """Append a message to a channel; return when the broker has it.
+
+        Never waits for room: raises ChannelFull, MessageTooLarge, InvalidMessage, InvalidName (TypeError),
+        BrokerUnavailable (ConnectionError).
+        """
+
+    async def receive(self, channel: str) -> dict[str, Any]:
+        """Wait for the next message of a channel. A cancelled call leaves the message to the next reader."""
+
+    async def new_channel(self, prefix: str = "specific") -> str:
+        """Return the name of a new channel that only this process reads."""
+
+    async def group_add(self, group: str, channel: str) -> None:
+        """Add a channel to a group; when this returns, a following group_send reaches it.
+
+        Idempotent. On a channel of another process it asks that process, and raises TimeoutError after 5 s
+        without an answer; a dead owner is a no-op.
+        """
+
+    async def group_discard(self, group: str, channel: str) -> None:
+        """Remove a channel from a group; no error if it was not a member."""
+
+    async def group_send(self, group: str, message: Message) -> None:
+        """Send a message to all channels of a group. Never raises ChannelFull."""
+
+    async def flush(self) -> None:
+        """Forget all messages and memberships; returns when every client sees an empty layer."""
+
+
+class LocalDelivery(Protocol):
+    """Takes messages for process-local channels of this process; must not block or raise."""
+
+    def __call__(self, channels: Collection[str], encoded: bytes) -> None:
+        """``encoded`` is one message (codec.decode); each of ``channels`` is to get it."""
+
+
+class ProcessListener(Protocol):
+    """What the owner of a ProcessLayer is told. Plain calls on the layer's loop; they must not raise."""
+
+    def frame_received(self, peer: str, frame: Frame) -> None:
+        """A frame about a connection (CLAIM … EVENTS) came from ``peer``, in order."""
+
+    def peer_ended(self, peer: str, reason: str) -> None:
+        """The link to ``peer`` is over: treat its connections as if the other side had died."""
+
+    def peer_ready(self, peer: str) -> None:
+        """The link to ``peer`` has room again after ``link_is_congested`` was true."""
+
+    def broker_changed(self, reachable: bool) -> None:
+        """The broker went away or came back. While it is away nobody is dead and timers stand still."""
+
+
+class ProcessLayer(ChannelLayer, Protocol):
+    """The layer of one interface server or worker, used on that process's own loop only."""
+
+    process_id: str
+    broker_reachable: bool
+
+    async def start(self, listener: ProcessListener, delivery: LocalDelivery | None = None) -> None:
+        """Connect, take up the lease and read the inbox.
+
+        ``delivery`` gets the messages for this process's channels; without it ``receive()`` does.
+        Raises BrokerUnavailable, BrokerUnsuitable.
+        """
+
+    async def stop(self) -> None:
+        """Say goodbye on every link, wait (2 s at most) until that is acknowledged, drop the lease, disconnect."""
+
+    # Links
+
+    def link_send(self, peer: str, frame: bytes) -> None:
+        """Queue a frame for ``peer``. It arrives exactly once and in order, or ``peer_ended`` is called."""
+
+    def link_is_congested(self, peer: str) -> bool:
+        """True while the link holds more than its senders should add to; ``peer_ready`` says when it is over."""
+
+    # Openings: elements of the normal channels http.request and websocket.connect
+
+    async def push_opening(self, channel: str, opening: bytes) -> bytes:
+        """Store an opening; return the element as the broker holds it (for find and remove).
+
+        Raises ChannelFull, BrokerUnavailable.
+        """
+
+    async def take_openings(self, channel: str, count: int) -> list[bytes]:
+        """Wait for one to ``count`` openings, oldest first. A cancelled call leaves them to other readers."""
+
+    async def find_openings(self, channel: str, elements: Sequence[bytes]) -> list[bool]:
+        """Tell for each element whether it still waits (LPOS, one pipeline). Raises BrokerUnavailable."""
+
+    async def remove_opening(self, channel: str, element: bytes) -> bool:
+        """Remove a waiting opening (LREM); False if somebody took it. Raises BrokerUnavailable."""
+
+    # Groups
+
+    def forget_channels(self, channels: Collection[str]) -> None:
+        """End all memberships of these channels of this process, at once; the registry follows."""
+
+    def add_local_member(self, group: str, channel: str, *, when_registered: Any) -> None:
+        """group_add for a channel of this process, for a frame that asked: calls ``when_registered(done: bool)``."""

@@ -1,0 +1,88 @@
+"""Openings: the only part of a client connection that goes through a normal channel.
+
+An opening is what a worker needs to start an application instance: the scope, where to answer, and the
+first event if there is one already. It is one element of ``http.request`` or ``websocket.connect``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgpack
+
+from channel_layer.errors import WireError
+from channel_layer.frames import WIRE_VERSION
+
+__all__ = ["FIRST_BODY_BYTES_MAX", "Opening", "decode_opening", "encode_opening"]
+
+# The first piece of a request body travels with the opening: most forms and API calls fit, and 4096 waiting
+# openings then cost 32 MiB of broker memory at most for bodies.
+FIRST_BODY_BYTES_MAX: Final = 8 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """A connection that looks for a worker.
+
+    ``scope`` is the ASGI scope without what only the worker knows (``state``); ``interface`` is the process id of
+    the interface server and ``connection`` the number there; ``first_event`` is an encoded event, counted
+    against the connection's window like any EVENT; ``tell_receiving`` asks for a RECEIVING frame at the
+    application's first receive() (``Expect: 100-continue``).
+    """
+
+    interface: str
+    connection: int
+    epoch: int
+    reply_channel: str
+    scope: dict[str, Any]
+    first_event: bytes | None
+    tell_receiving: bool = False
+
+
+def encode_opening(opening: Opening) -> bytes:
+    """Encode an opening; the scope was built by us of ASGI types only and is not checked again."""
+    encoded: bytes = msgpack.packb(
+        [
+            WIRE_VERSION,
+            opening.interface,
+            opening.connection,
+            opening.epoch,
+            opening.reply_channel,
+            opening.scope,
+            opening.first_event,
+            opening.tell_receiving,
+        ],
+        use_bin_type=True,
+    )
+    return encoded
+
+
+def decode_opening(data: bytes) -> Opening:
+    """Decode an opening. Raises WireError for anything this release does not write."""
+    try:
+        fields = msgpack.unpackb(data, raw=False)
+    except Exception as error:  # msgpack raises half a dozen unrelated types
+        raise WireError(f"opening of {len(data)} bytes is not msgpack: {error}") from error
+    if not isinstance(fields, list) or len(fields) < 8 or fields[0] != WIRE_VERSION:
+        raise WireError(f"opening is not an array of version {WIRE_VERSION}: {fields!r:.80}")
+    _, interface, connection, epoch, reply_channel, scope, first_event, tell_receiving = fields[:8]
+    if (
+        type(interface) is not str
+        or type(connection) is not int
+        or type(epoch) is not int
+        or type(reply_channel) is not str
+        or type(scope) is not dict
+        or not (first_event is None or type(first_event) is bytes)
+        or type(tell_receiving) is not bool
+    ):
+        raise WireError(f"opening has malformed fields: {fields[:5]!r:.200}")
+    return Opening(
+        interface=interface,
+        connection=connection,
+        epoch=epoch,
+        reply_channel=reply_channel,
+        scope=scope,
+        first_event=first_event,
+        tell_receiving=tell_receiving,
+    )
