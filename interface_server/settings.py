@@ -1,0 +1,116 @@
+"""Every knob of an interface server, with its default, and what happens at each limit.
+
+The command line (trunkline/) parses flags and environment into this record; everything below takes it as a
+value and never reads the environment. Names are uvicorn's where uvicorn has the knob; units stand last.
+To add a knob: a field here with its sentence, its flag in trunkline/, its reader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["InterfaceSettings"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceSettings:
+    """Settings of one interface server process. Raises ValueError for values that cannot work together.
+
+    Limits of count, bytes or time say what happens when they are reached; 0 means "no limit" only where
+    the sentence says so.
+    """
+
+    # Broker.
+    redis_url: str
+    prefix: str = "trunkline"  # separates deployments that share a broker
+    # How long a new connection waits for a broker that is away; then 503 (close 1013).
+    broker_wait_s: float = 5.0
+
+    # Listening: the first that is given of fd, uds, host and port.
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free port; the line written when ready names it
+    uds: str | None = None  # path of a unix socket; a stale one is replaced, the mode becomes 0666 (as uvicorn)
+    fd: int | None = None  # an inherited socket that listens already
+    reuse_port: bool = False  # SO_REUSEPORT: several servers bind the same port by themselves
+    # Connections the kernel completes before we accept them; what comes beyond is dropped and tried again by
+    # the client's kernel (somaxconn caps it).
+    backlog: int = 2048
+
+    # What applications see.
+    root_path: str = ""
+    proxy_headers: bool = True  # believe X-Forwarded-For and -Proto of the peers in forwarded_allow_ips
+    forwarded_allow_ips: str = "127.0.0.1,::1"  # addresses, networks, literals for unix sockets; "*" is everybody
+
+    # What clients see.
+    server_header: bool = True
+    date_header: bool = True
+    extra_headers: tuple[tuple[bytes, bytes], ...] = ()  # appended to every response head
+
+    access_log: bool = True
+
+    # HTTP.
+    keep_alive_timeout_s: float = 5.0  # an idle connection is closed after it
+    header_timeout_s: float = 30.0  # a head that is not complete by then: 408 and close
+    request_line_bytes_max: int = 16 * 1024  # beyond: 414 and close
+    head_bytes_max: int = 64 * 1024  # request line and headers together; beyond: 431 and close
+    headers_max: int = 128  # count of header fields; beyond: 431 and close
+
+    # WebSocket.
+    ws_max_size_bytes: int = 16 * 1024 * 1024  # a larger message of a client: close 1009
+    ws_ping_interval_s: float = 20.0  # 0: no pings
+    ws_ping_timeout_s: float = 20.0  # no answer in time: the connection is dropped (1006); 0: wait for ever
+    ws_handshake_timeout_s: float = 30.0  # neither accept nor close by then: 504
+    ws_close_timeout_s: float = 5.0  # the closing handshake; then the socket is dropped
+
+    # Openings: connections that wait for a worker.
+    queue_timeout_s: float = 30.0  # not taken by then: removed and 503 (close 1013)
+    opening_capacity: int = 4096  # of each of the two channels, over all interface servers; a full one is 503 at once
+
+    # Flow control, per connection.
+    # Bytes of events on their way to the application; used up: the socket is not read. Also what the application
+    # may have on its way to us.
+    window_bytes: int = 256 * 1024
+    # Broadcasts that wait for a client which does not read; beyond: close 1013.
+    client_buffer_bytes_max: int = 1024 * 1024
+
+    # For the whole process.
+    buffer_memory_bytes_max: int = 256 * 1024 * 1024  # of such broadcasts together; beyond: the slowest close first
+    connections_max: int = 0  # uvicorn's --limit-concurrency: more connections get 503; 0: no limit
+    # After SIGTERM: how long running HTTP exchanges may go on before they are cut.
+    stop_grace_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}, must be 0 to 65535")
+        for name in (
+            "backlog",
+            "request_line_bytes_max",
+            "head_bytes_max",
+            "headers_max",
+            "ws_max_size_bytes",
+            "opening_capacity",
+            "client_buffer_bytes_max",
+            "buffer_memory_bytes_max",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("queue_timeout_s", "header_timeout_s", "ws_handshake_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be more than 0")
+        for name in (
+            "broker_wait_s",
+            "keep_alive_timeout_s",
+            "ws_ping_interval_s",
+            "ws_ping_timeout_s",
+            "ws_close_timeout_s",
+            "connections_max",
+            "stop_grace_s",
+        ):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        # Below two pieces (64 KiB each) a transfer would wait for a round trip after every piece.
+        if self.window_bytes < 128 * 1024:
+            raise ValueError(f"window_bytes is {self.window_bytes}, must be at least {128 * 1024}")
+        for name, value in self.extra_headers:
+            if not name or any(mark in name + value for mark in b"\r\n\0"):
+                raise ValueError(f"extra header {name!r}: {value!r} is empty or contains CR, LF or NUL")
