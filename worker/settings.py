@@ -1,0 +1,76 @@
+"""Every knob of a worker, with its default, and what happens at each limit.
+
+The command line (trunkline/) parses flags and environment into this record; everything below takes it as a value
+and never reads the environment. Names are uvicorn's or Daphne's where they have the knob; units stand last.
+To add a knob: a field here with its sentence, its flag in trunkline/, its reader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["HTTP_CHANNEL", "WEBSOCKET_CHANNEL", "InterfaceStyle", "LifespanMode", "WorkerSettings"]
+
+# The normal channels on which connections wait for a worker.
+HTTP_CHANNEL = "http.request"
+WEBSOCKET_CHANNEL = "websocket.connect"
+
+InterfaceStyle = Literal["auto", "asgi3", "asgi2"]
+LifespanMode = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Settings of one worker process. Raises ValueError for values that cannot work together."""
+
+    # Broker.
+    redis_url: str
+    prefix: str = "trunkline"  # separates deployments that share a broker
+
+    # The application.
+    application: str  # "module:attribute"
+    factory: bool = False  # the attribute is a function that makes the application
+    app_dir: str | None = None  # goes to the front of sys.path; None: the current directory
+    interface: InterfaceStyle = "auto"  # "auto" looks at the application, see application.py
+    # "auto": an application that raises for the lifespan scope is served without it; "on": then the worker does
+    # not start; "off": no lifespan scope is sent.
+    lifespan: LifespanMode = "auto"
+
+    # What is taken from the queues. At the limit nothing more is taken: openings wait for another worker or for
+    # room here, and after the interface server's --queue-timeout they get 503.
+    channels: tuple[str, ...] = (HTTP_CHANNEL, WEBSOCKET_CHANNEL)
+    concurrency: int = 100  # running HTTP requests; one counts until its application call returns
+    websockets_max: int = 20_000  # WebSockets, likewise
+
+    # Flow control, per connection and direction, in bytes of encoded events. Used up: send() waits, and the
+    # interface server stops reading the client's socket. Both sides of a link must agree.
+    window_bytes: int = 256 * 1024
+
+    # An application whose client left before the exchange was complete has this long to return; then it is
+    # cancelled, with a log line that says where it waited. Not applied to work after a complete HTTP response.
+    close_timeout_s: float = 10.0
+    # After SIGTERM: running HTTP requests have this long to finish and WebSocket applications to return; then
+    # they are cancelled.
+    stop_timeout_s: float = 10.0
+    # The application's lifespan shutdown; then its task is cancelled.
+    lifespan_shutdown_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "websockets_max"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("close_timeout_s", "stop_timeout_s", "lifespan_shutdown_timeout_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        # Below two pieces (64 KiB each) a transfer would wait for a round trip after every piece.
+        if self.window_bytes < 128 * 1024:
+            raise ValueError(f"window_bytes is {self.window_bytes}, must be at least {128 * 1024}")
+        if not self.channels or not set(self.channels) <= {HTTP_CHANNEL, WEBSOCKET_CHANNEL}:
+            raise ValueError(
+                f"channels are {self.channels!r}, must be some of {HTTP_CHANNEL!r}, {WEBSOCKET_CHANNEL!r}"
+            )
+        if self.interface not in ("auto", "asgi3", "asgi2"):
+            raise ValueError(f"interface is {self.interface!r}, must be 'auto', 'asgi3' or 'asgi2'")
+        if self.lifespan not in ("auto", "on", "off"):
+            raise ValueError(f"lifespan is {self.lifespan!r}, must be 'auto', 'on' or 'off'")
