@@ -1,0 +1,25 @@
+# One image for both halves: `trunkline interface` and `trunkline worker`. With your own application:
+#
+#     FROM trunkline
+#     COPY . /app
+#     ENV APP=main:app
+FROM python:3.13-slim
+
+WORKDIR /usr/src/trunkline
+COPY pyproject.toml README.md LICENSE ./
+COPY channel_layer channel_layer
+COPY interface_server interface_server
+COPY worker worker
+COPY trunkline trunkline
+RUN pip install --no-cache-dir --disable-pip-version-check . \
+    && rm -rf /usr/src/trunkline \
+    && useradd --system --uid 10001 --no-create-home trunkline
+
+# The chat example stands in until an application is copied over it.
+COPY examples/chat /app
+WORKDIR /app
+ENV APP=chat:application \
+    PYTHONUNBUFFERED=1
+USER trunkline
+EXPOSE 8000
+CMD ["trunkline", "--help"]

@@ -1,0 +1,49 @@
+# The verbs of this project. Each makes the environment it needs; only Python 3.11 or newer, with its venv
+# module, and a network are expected.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+BIN = $(VENV)/bin
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+.PHONY: run test style types tests compose-test bench format clean
+
+run: $(VENV)/.run  ## start the chat example and print its address
+	$(BIN)/trunkline serve --app-dir examples/chat chat:application --host $(HOST) --port $(PORT) --workers 2
+
+test: style types tests  ## everything that must be green
+
+style: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+tests: $(VENV)/.dev
+	$(BIN)/pytest $(ARGS)
+
+compose-test: $(VENV)/.dev  ## needs a running Docker engine with Compose v2
+	TRUNKLINE_COMPOSE_TEST=1 $(BIN)/pytest -m docker --timeout 900 tests/system/test_compose.py
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# What users get is what `make run` installs; the developers' tools come on top.
+$(VENV)/.run: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[all]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@ $(VENV)/.run

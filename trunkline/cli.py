@@ -1,0 +1,237 @@
+"""The ``trunkline`` command: from a command line to running processes.
+
+    trunkline serve APP       embedded broker, interface servers and workers, supervised
+    trunkline interface       interface servers
+    trunkline worker APP      workers
+
+With one process to run, ``interface`` and ``worker`` run it themselves; with more they supervise. Exit status: 0
+after a stop by signal, 2 for wrong input, 1 for what could not be done; in both cases one line on stderr says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+from trunkline.broker import EmbeddedBroker, find_server
+from trunkline.lifeline import hold_lifeline
+from trunkline.listening import bind_socket, describe
+from trunkline.logs import configure_logging
+from trunkline.options import OPTIONS, UsageError, build_parser, load_env_file, parse, render_flags
+from trunkline.reload import SourceWatch
+from trunkline.supervisor import ProcessSpec, Role, Supervisor
+
+__all__ = ["main"]
+
+logger = logging.getLogger("trunkline.supervisor")
+
+DEFAULT_HOST: Final = "127.0.0.1"
+DEFAULT_PORT: Final = 8000
+DEFAULT_BACKLOG: Final = 2048
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit status."""
+    hold_lifeline()
+    version = importlib.metadata.version("trunkline")
+    try:
+        options = parse(build_parser(version), sys.argv[1:] if argv is None else argv, os.environ)
+        if options.env_file is not None:
+            load_env_file(options.env_file)
+        configure_logging(options.log_level, options.log_config)
+        with _own_packages_first():
+            # Here, not at the top: an application's directory may hold a worker.py, and ours must be the
+            # one that is imported. From here on nothing imports these packages by name again.
+            import interface_server.server
+            import worker.process
+        if options.command == "interface" and (options.interfaces or 1) == 1:
+            with _listen(options) as listening:
+                return interface_server.server.run(_interface_settings(options, listening))
+        if options.command == "worker" and (options.workers or 1) == 1:
+            return worker.process.run(_worker_settings(options))
+        return _supervise(options, version)
+    except UsageError as error:
+        print(error if str(error).startswith("trunkline") else f"trunkline: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"trunkline: {error}", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def _own_packages_first() -> Iterator[None]:
+    """While entered, ``worker``, ``interface_server`` and ``channel_layer`` are those beside ``trunkline``."""
+    root = str(Path(__file__).resolve().parent.parent)
+    sys.path.insert(0, root)
+    try:
+        yield
+    finally:
+        sys.path.remove(root)
+
+
+# From options to settings
+
+
+def _given(options: argparse.Namespace, settings_class: type, command: str) -> dict[str, Any]:
+    """The fields of a settings class for which an option was given; the class has the defaults of the rest."""
+    names = {field.name for field in fields(settings_class)}
+    return {
+        option.setting: value
+        for option in OPTIONS
+        if command in option.commands and option.setting in names
+        if (value := getattr(options, option.name, None)) is not None
+    }
+
+
+def _interface_settings(options: argparse.Namespace, listening: socket.socket) -> Any:
+    from interface_server.settings import InterfaceSettings
+
+    values = _given(options, InterfaceSettings, "interface")
+    values["redis_url"] = _redis_url(options)
+    values["fd"] = listening.fileno()
+    return _checked(InterfaceSettings, values)
+
+
+def _worker_settings(options: argparse.Namespace) -> Any:
+    from worker.settings import WorkerSettings
+
+    values = _given(options, WorkerSettings, "worker")
+    values["redis_url"] = _redis_url(options)
+    values["application"] = options.app
+    return _checked(WorkerSettings, values)
+
+
+def _checked(settings_class: type, values: dict[str, Any]) -> Any:
+    try:
+        return settings_class(**values)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def _redis_url(options: argparse.Namespace) -> str:
+    if options.redis is None:
+        raise UsageError(f"trunkline {options.command}: --redis URL (or TRUNKLINE_REDIS) is expected")
+    url: str = options.redis
+    return url
+
+
+def _listen(options: argparse.Namespace) -> socket.socket:
+    return bind_socket(
+        host=options.host if options.host is not None else DEFAULT_HOST,
+        port=options.port if options.port is not None else DEFAULT_PORT,
+        uds=options.uds,
+        fd=options.fd,
+        reuse_port=bool(options.reuse_port),
+        backlog=options.backlog or DEFAULT_BACKLOG,
+    )
+
+
+# Several processes
+
+
+def _supervise(options: argparse.Namespace, version: str) -> int:
+    # What is wrong with the input is said here, once, before every process says it.
+    listening: socket.socket | None = None
+    broker: EmbeddedBroker | None = None
+    if options.command == "serve" and options.redis is None:
+        program = find_server()
+    else:
+        program = None
+        _check_broker(_redis_url(options))
+    if options.command in ("serve", "interface"):
+        listening = _listen(options)
+    if program is not None:
+        broker = EmbeddedBroker(program)
+        options.redis = broker.url
+    specs = _process_specs(options, listening)
+    watch = None
+    if options.command == "serve" and options.reload:
+        watch = SourceWatch(options.reload_dir or (options.app_dir or ".",))
+
+    def announce() -> None:
+        what = options.app if options.command != "interface" else "sockets"
+        where = f" on {describe(listening)}" if listening is not None else ""
+        logger.info("Trunkline %s serves %s%s (Ctrl-C to quit)", version, what, where)
+        logger.info("broker: %s%s", "embedded, " if broker is not None else "", _without_password(options.redis))
+        logger.info("%s", "; ".join(_summary(supervisor)))
+
+    supervisor = Supervisor(
+        specs,
+        broker=broker,
+        # An application's own subprocesses and scripts find the broker, too.
+        environment={
+            "TRUNKLINE_REDIS": options.redis,
+            **({"TRUNKLINE_PREFIX": options.prefix} if options.prefix else {}),
+        },
+        on_ready=announce,
+        watch=watch,
+    )
+    try:
+        return asyncio.run(supervisor.run())
+    finally:
+        if listening is not None:
+            listening.close()
+            if options.uds is not None:
+                Path(options.uds).unlink(missing_ok=True)
+
+
+def _process_specs(options: argparse.Namespace, listening: socket.socket | None) -> list[ProcessSpec]:
+    # -P: the current directory must not come first, where an application's worker.py would hide ours.
+    python = [sys.executable, "-P", "-m", "trunkline"]
+    specs = []
+    if listening is not None:
+        flags = render_flags(options, "interface", skip=("host", "port", "uds", "fd", "reuse_port", "backlog"))
+        command = [*python, "interface", f"--fd={listening.fileno()}", "--interfaces=1", *flags]
+        specs += [
+            ProcessSpec(role=Role.INTERFACE, number=n, command=command, pass_fds=(listening.fileno(),))
+            for n in range(1, (options.interfaces or 1) + 1)
+        ]
+    if options.command in ("serve", "worker"):
+        command = [*python, "worker", options.app, "--workers=1", *render_flags(options, "worker")]
+        specs += [
+            ProcessSpec(role=Role.WORKER, number=n, command=command) for n in range(1, (options.workers or 1) + 1)
+        ]
+    return specs
+
+
+def _check_broker(url: str) -> None:
+    """Raises UsageError or OSError where the broker cannot be used."""
+    from channel_layer.broker import Broker
+
+    from channel_layer.errors import BrokerUnsuitable
+
+    async def check() -> None:
+        broker = Broker(url, client_name="trunkline-supervisor")
+        try:
+            await broker.connect()
+        finally:
+            await broker.close()
+
+    try:
+        asyncio.run(check())
+    except (BrokerUnsuitable, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _without_password(url: str) -> str:
+    head, at, tail = url.rpartition("@")
+    return f"{head.split('://')[0]}://…@{tail}" if at else url
+
+
+def _summary(supervisor: Supervisor) -> list[str]:
+    parts = []
+    for role in (Role.INTERFACE, Role.WORKER):
+        pids = [str(c.process.pid) for c in supervisor.children if c.spec.role is role and c.process is not None]
+        if pids:
+            parts.append(f"{len(pids)} {role.value}{'s' if len(pids) > 1 else ''} (pid {', '.join(pids)})")
+    return parts

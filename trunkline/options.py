@@ -1,0 +1,500 @@
+"""Every flag of the ``trunkline`` commands, as one table.
+
+An option is declared once, here: its flag, which commands have it, its type and its help. The parsers of
+``serve``, ``interface`` and ``worker``, the environment variable ``TRUNKLINE_<FLAG>`` that may stand in for
+each flag, and the command lines of the supervised processes are all derived from the table. Defaults live in
+the settings classes (interface_server/settings.py, worker/settings.py), not here; where the flag has uvicorn's
+name it has uvicorn's meaning.
+
+To add a flag: a row in ``OPTIONS``, a field in the settings class it fills (``field``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+__all__ = ["OPTIONS", "Option", "UsageError", "build_parser", "parse", "render_flags"]
+
+Command = str
+SERVE: Final = "serve"
+INTERFACE: Final = "interface"
+WORKER: Final = "worker"
+ALL: Final = (SERVE, INTERFACE, WORKER)
+SOCKETS: Final = (SERVE, INTERFACE)
+APPLICATION: Final = (SERVE, WORKER)
+
+
+class UsageError(Exception):
+    """The command line is wrong; the text is the one line the user gets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One flag. ``convert`` turns its text into a value or raises ValueError with the reason."""
+
+    flag: str
+    commands: tuple[Command, ...]
+    help: str
+    convert: Callable[[str], Any] | None = str  # None: a switch, --flag and --no-flag
+    metavar: str | None = None
+    repeat: bool = False
+    field: str | None = None  # field of the settings class, where its name differs from the flag's
+    for_supervisor: bool = False  # not handed on to the processes it starts
+
+    @property
+    def name(self) -> str:
+        """Attribute of the parsed options."""
+        return self.flag.replace("-", "_")
+
+    @property
+    def setting(self) -> str:
+        return self.field or self.name
+
+    @property
+    def environment_variable(self) -> str:
+        return "TRUNKLINE_" + self.name.upper()
+
+
+def _integer(lowest: int, highest: int | None = None) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError("a whole number is expected") from None
+        if value < lowest or (highest is not None and value > highest):
+            raise ValueError(
+                f"at least {lowest} is expected" if highest is None else f"{lowest} to {highest} expected"
+            )
+        return value
+
+    return convert
+
+
+def _seconds(*, zero_is_off: bool = False) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError("a number of seconds is expected") from None
+        if not 0 <= value < float("inf") or (value == 0 and not zero_is_off):
+            raise ValueError("a number of seconds above 0 is expected" + (", or 0 for none" if zero_is_off else ""))
+        return value
+
+    return convert
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def convert(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError("one of " + ", ".join(choices) + " is expected")
+        return text.lower()
+
+    return convert
+
+
+def _header(text: str) -> tuple[bytes, bytes]:
+    name, colon, value = text.partition(":")
+    if not colon or not name.strip() or any(c in text for c in "\r\n\0"):
+        raise ValueError("Name:Value is expected")
+    return name.strip().lower().encode("latin-1"), value.strip().encode("latin-1")
+
+
+def _existing_file(text: str) -> str:
+    if not Path(text).is_file():
+        raise ValueError("no such file")
+    return text
+
+
+def _existing_directory(text: str) -> str:
+    if not Path(text).is_dir():
+        raise ValueError("no such directory")
+    return text
+
+
+OPTIONS: Final[tuple[Option, ...]] = (
+    # Where the broker is
+    Option(
+        flag="redis",
+        commands=ALL,
+        metavar="URL",
+        field="redis_url",
+        help="the broker: redis://, rediss:// or unix:// URL (serve: an embedded one if absent)",
+    ),
+    Option(flag="prefix", commands=ALL, help="keys begin with this, so that deployments can share a broker"),
+    # Sockets
+    Option(flag="host", commands=SOCKETS, help="address to listen on (127.0.0.1)"),
+    Option(flag="port", commands=SOCKETS, convert=_integer(0, 65535), help="port to listen on (8000); 0 takes any"),
+    Option(flag="uds", commands=SOCKETS, metavar="PATH", help="listen on a unix socket instead"),
+    Option(
+        flag="fd",
+        commands=SOCKETS,
+        convert=_integer(0),
+        help="take over a listening socket with this file descriptor",
+    ),
+    Option(
+        flag="reuse-port",
+        commands=SOCKETS,
+        convert=None,
+        help="bind with SO_REUSEPORT, to share the port with other commands",
+    ),
+    Option(flag="backlog", commands=SOCKETS, convert=_integer(1), help="connections the kernel may hold (2048)"),
+    Option(
+        flag="interfaces",
+        commands=SOCKETS,
+        convert=_integer(1, 1024),
+        metavar="N",
+        for_supervisor=True,
+        help="interface server processes (1)",
+    ),
+    Option(flag="root-path", commands=SOCKETS, help="ASGI root_path, where a proxy mounts the application"),
+    Option(
+        flag="proxy-headers",
+        commands=SOCKETS,
+        convert=None,
+        help="believe X-Forwarded-For and -Proto of the addresses in --forwarded-allow-ips (on)",
+    ),
+    Option(
+        flag="forwarded-allow-ips",
+        commands=SOCKETS,
+        metavar="LIST",
+        help="addresses and networks of proxies, comma separated, or * (127.0.0.1,::1)",
+    ),
+    Option(
+        flag="header",
+        commands=SOCKETS,
+        convert=_header,
+        metavar="NAME:VALUE",
+        repeat=True,
+        field="extra_headers",
+        help="add a header to every response; may be repeated",
+    ),
+    Option(flag="server-header", commands=SOCKETS, convert=None, help="send a Server header (on)"),
+    Option(flag="date-header", commands=SOCKETS, convert=None, help="send a Date header (on)"),
+    Option(flag="access-log", commands=SOCKETS, convert=None, help="log a line for each request (on)"),
+    Option(
+        flag="timeout-keep-alive",
+        commands=SOCKETS,
+        convert=_seconds(),
+        metavar="S",
+        field="keep_alive_timeout_s",
+        help="close an idle connection after this many seconds (5)",
+    ),
+    Option(
+        flag="timeout-headers",
+        commands=SOCKETS,
+        convert=_seconds(),
+        metavar="S",
+        field="header_timeout_s",
+        help="longest time for a client to send the head of a request (30)",
+    ),
+    Option(
+        flag="ws-max-size",
+        commands=SOCKETS,
+        convert=_integer(1),
+        metavar="BYTES",
+        field="ws_max_size_bytes",
+        help="largest WebSocket message of a client (16777216); above it: close 1009",
+    ),
+    Option(
+        flag="ws-ping-interval",
+        commands=SOCKETS,
+        convert=_seconds(zero_is_off=True),
+        metavar="S",
+        field="ws_ping_interval_s",
+        help="ping a WebSocket client that was silent for this long (20; 0: never)",
+    ),
+    Option(
+        flag="ws-ping-timeout",
+        commands=SOCKETS,
+        convert=_seconds(zero_is_off=True),
+        metavar="S",
+        field="ws_ping_timeout_s",
+        help="close the connection if a ping is not answered in this time (20; 0: never)",
+    ),
+    Option(
+        flag="ws-handshake-timeout",
+        commands=SOCKETS,
+        convert=_seconds(),
+        metavar="S",
+        field="ws_handshake_timeout_s",
+        help="longest time for the application to accept a WebSocket, waiting for a worker included (30)",
+    ),
+    Option(
+        flag="queue-timeout",
+        commands=SOCKETS,
+        convert=_seconds(),
+        metavar="S",
+        field="queue_timeout_s",
+        help="a request that no worker takes in this time is answered 503 (30)",
+    ),
+    Option(
+        flag="broker-wait",
+        commands=SOCKETS,
+        convert=_seconds(),
+        metavar="S",
+        field="broker_wait_s",
+        help="a new request waits this long for a broker that is away, then gets 503 (5)",
+    ),
+    Option(
+        flag="client-buffer",
+        commands=SOCKETS,
+        convert=_integer(65536),
+        metavar="BYTES",
+        field="client_buffer_bytes_max",
+        help="broadcasts waiting for one client (1048576); above it: close 1013",
+    ),
+    Option(
+        flag="buffer-memory",
+        commands=SOCKETS,
+        convert=_integer(1048576),
+        metavar="BYTES",
+        field="buffer_memory_bytes_max",
+        help="broadcasts waiting for all clients of a process (268435456); above it the slowest are closed",
+    ),
+    Option(
+        flag="limit-concurrency",
+        commands=SOCKETS,
+        convert=_integer(1),
+        metavar="N",
+        field="connections_max",
+        help="client connections of one process; more get 503 (no limit)",
+    ),
+    # The application
+    Option(
+        flag="workers",
+        commands=APPLICATION,
+        convert=_integer(1, 1024),
+        metavar="N",
+        for_supervisor=True,
+        help="worker processes (1)",
+    ),
+    Option(flag="factory", commands=APPLICATION, convert=None, help="APP is a function that makes the application"),
+    Option(
+        flag="app-dir",
+        commands=APPLICATION,
+        convert=_existing_directory,
+        metavar="DIR",
+        help="look for APP in this directory (.)",
+    ),
+    Option(
+        flag="interface",
+        commands=APPLICATION,
+        convert=_one_of("auto", "asgi3", "asgi2"),
+        help="auto, asgi3 or asgi2 (auto)",
+    ),
+    Option(
+        flag="lifespan",
+        commands=APPLICATION,
+        convert=_one_of("auto", "on", "off"),
+        help="auto, on (its failure is fatal) or off (auto)",
+    ),
+    Option(
+        flag="concurrency",
+        commands=APPLICATION,
+        convert=_integer(1),
+        metavar="N",
+        help="HTTP requests one worker runs at a time (100); more wait in the queue",
+    ),
+    Option(
+        flag="max-websockets",
+        commands=APPLICATION,
+        convert=_integer(1),
+        metavar="N",
+        field="websockets_max",
+        help="WebSockets one worker holds (20000)",
+    ),
+    Option(
+        flag="application-close-timeout",
+        commands=APPLICATION,
+        convert=_seconds(),
+        metavar="S",
+        field="close_timeout_s",
+        help="an application has this long to return after its client left (10)",
+    ),
+    # serve only
+    Option(
+        flag="reload",
+        commands=(SERVE,),
+        convert=None,
+        for_supervisor=True,
+        help="restart the workers when a Python file changes",
+    ),
+    Option(
+        flag="reload-dir",
+        commands=(SERVE,),
+        convert=_existing_directory,
+        metavar="DIR",
+        repeat=True,
+        for_supervisor=True,
+        help="watch this directory instead of --app-dir; may be repeated",
+    ),
+    # Logging and environment
+    Option(
+        flag="log-level",
+        commands=ALL,
+        convert=_one_of("critical", "error", "warning", "info", "debug", "trace"),
+        help="critical, error, warning, info, debug or trace (info)",
+    ),
+    Option(
+        flag="log-config",
+        commands=ALL,
+        convert=_existing_file,
+        metavar="FILE",
+        help="logging configuration: .ini, .json or .yaml (needs PyYAML)",
+    ),
+    Option(
+        flag="env-file",
+        commands=ALL,
+        convert=_existing_file,
+        metavar="FILE",
+        help="read environment variables from this file; those already set win",
+    ),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}")
+
+
+def build_parser(version: str) -> argparse.ArgumentParser:
+    """Return the parser of the whole command. It raises UsageError instead of leaving the process."""
+    parser = _Parser(
+        prog="trunkline",
+        description="Serves ASGI applications with the sockets in one process and the application in another.",
+    )
+    parser.add_argument("--version", action="version", version=f"trunkline {version}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for command, summary in (
+        (SERVE, "everything in one command: broker, interface servers, workers"),
+        (INTERFACE, "interface servers: hold the sockets"),
+        (WORKER, "workers: run the application"),
+    ):
+        sub = commands.add_parser(
+            command,
+            help=summary,
+            description=summary.capitalize() + ".",
+            epilog="Each flag may be given as an environment variable: TRUNKLINE_, then its name in capitals.",
+        )
+        if command in APPLICATION:
+            sub.add_argument("app", metavar="APP", nargs="?", help="module:attribute")
+        for option in OPTIONS:
+            if command in option.commands:
+                _add_argument(sub, option)
+    return parser
+
+
+def _add_argument(parser: argparse.ArgumentParser, option: Option) -> None:
+    flags: dict[str, Any] = {"dest": option.name, "default": None, "help": option.help}
+    if option.convert is None:
+        parser.add_argument(f"--{option.flag}", action=argparse.BooleanOptionalAction, **flags)
+        return
+    if option.repeat:
+        flags["action"] = "append"
+    # Values stay text here: they are converted in one place together with those of the environment.
+    parser.add_argument(f"--{option.flag}", metavar=option.metavar or option.flag.upper().replace("-", "_"), **flags)
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
+    """Parse a command line; a flag that is absent is taken from its environment variable.
+
+    The result has ``command``, ``app`` (where the command has one) and an attribute for each option of the
+    command: its converted value, or None where neither flag nor variable is given. Raises UsageError.
+    """
+    options = parser.parse_args(argv)
+    if options.command is None:
+        raise UsageError("trunkline: a command is expected: serve, interface or worker (see trunkline --help)")
+    if options.env_file is None and environ.get("TRUNKLINE_ENV_FILE"):
+        options.env_file = environ["TRUNKLINE_ENV_FILE"]
+    if options.env_file is not None:
+        environ = {**_read_env_file(options.env_file), **environ}
+    for option in OPTIONS:
+        if options.command not in option.commands:
+            continue
+        value = getattr(options, option.name)
+        if value is None:
+            text = environ.get(option.environment_variable)
+            if text:
+                value = _convert(option, _split(option, text), option.environment_variable)
+        elif option.convert is not None:
+            value = _convert(option, value, f"--{option.flag}")
+        setattr(options, option.name, value)
+    if options.command in APPLICATION:
+        options.app = options.app or environ.get("TRUNKLINE_APP")
+        if not options.app:
+            raise UsageError(f"trunkline {options.command}: APP is expected, for example main:app (or TRUNKLINE_APP)")
+    return options
+
+
+def _split(option: Option, text: str) -> str | list[str]:
+    return [line for line in text.split("\n") if line] if option.repeat else text
+
+
+def _convert(option: Option, value: Any, place: str) -> Any:
+    if option.convert is None:
+        lowered = value.lower()
+        if lowered in ("1", "true", "yes", "on"):
+            return True
+        if lowered in ("0", "false", "no", "off"):
+            return False
+        raise UsageError(f"{place}={value!r} is not valid: true or false is expected")
+    try:
+        if option.repeat:
+            return tuple(option.convert(item) for item in value)
+        return option.convert(value)
+    except ValueError as error:
+        raise UsageError(f"{place}: {value!r} is not valid: {error}") from error
+
+
+def _read_env_file(path: str) -> dict[str, str]:
+    """NAME=value lines, with optional quotes, ``export`` and comments; nothing is expanded."""
+    try:
+        text = Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--env-file: {path!r} cannot be read: {error}") from error
+    variables = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = line.strip().removeprefix("export ").strip()
+        if not line or line.startswith("#"):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise UsageError(f"--env-file: {path}, line {number}: NAME=value is expected, got {line!r}")
+        value = value.strip()
+        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1]
+        variables[name.strip()] = value
+    return variables
+
+
+def load_env_file(path: str) -> None:
+    """Put the variables of a file into this process's environment; those already set win."""
+    for name, value in _read_env_file(path).items():
+        os.environ.setdefault(name, value)
+
+
+def render_flags(options: argparse.Namespace, command: Command, skip: Iterable[str] = ()) -> list[str]:
+    """Return the flags with which a supervised process of ``command`` gets the values in ``options``."""
+    flags: list[str] = []
+    for option in OPTIONS:
+        value = getattr(options, option.name, None)
+        if value is None or command not in option.commands or option.for_supervisor or option.name in skip:
+            continue
+        if option.convert is None:
+            flags.append(f"--{option.flag}" if value else f"--no-{option.flag}")
+        else:
+            for item in value if option.repeat else (value,):
+                flags.append(f"--{option.flag}={_render(item)}")
+    return flags
+
+
+def _render(value: Any) -> str:
+    if isinstance(value, tuple):  # a header
+        name, content = value
+        return f"{name.decode('latin-1')}:{content.decode('latin-1')}"
+    return str(value)
