@@ -29,7 +29,7 @@ def build_application(candidate: Any, interface: InterfaceStyle = "auto") -> App
     partial of a class, a decorated function), ``interface`` says which it is.
     """
     if interface == "auto":
-        interface = "asgi2" if is_double_callable(candidate) else "asgi3"
+        interface = "asgi2" if is_double_callable(candidate) else "asgi3"  # type: ignore[no-untyped-call]
     return ADAPTERS[interface](candidate)
 
 

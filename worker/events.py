@@ -1,0 +1,362 @@
+"""What an application may send, and when: checked inside ``send()``, so that errors are raised at the faulty line.
+
+A connection has one ``SentEvents`` object, ``HttpEvents`` or ``WebSocketEvents``. ``apply()`` takes what the
+application sent and returns the events that may now leave: new dicts with the keys ASGI defines and nothing else,
+ready for ``codec.encode_event``. A message that is refused changes no state. No I/O happens here.
+
+    HTTP        WAITING --start--> STARTED --body, more_body False--> COMPLETE (whatever follows is ignored)
+    WebSocket   CONNECTING --accept--> OPEN --close--> CLOSED (whatever follows raises ClientDisconnected)
+                CONNECTING --close--> CLOSED
+
+Where ASGI and practice differ: ``bytearray`` and ``memoryview`` are taken for ``bytes`` (Starlette passes
+memoryviews on), a ``reason`` of None for "" (uvicorn takes it). Keys that are not known are dropped without a
+word (ASGI, "Error Handling"); ``trailers`` is one of them while the extension is not offered.
+
+To add an event: a row in ``TRANSITIONS`` and a method in ``_BUILDERS`` of its protocol.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from functools import lru_cache
+from typing import Any, ClassVar, Final
+
+__all__ = [
+    "BODY_EVENT_BYTES_MAX",
+    "TRANSITIONS",
+    "ClientDisconnected",
+    "HttpEvents",
+    "InvalidEvent",
+    "SentEvents",
+    "State",
+    "WebSocketEvents",
+]
+
+Event = dict[str, Any]
+
+# A larger body leaves as several events, so that one send() of any size moves through the window. With its keys
+# such an event stays below 64 KiB, the size above which connection.py would cut it once more.
+BODY_EVENT_BYTES_MAX: Final = 64 * 1024 - 256
+
+
+class InvalidEvent(RuntimeError):
+    """The application sent what ASGI does not allow, or not at this point; the text names event and value."""
+
+
+class ClientDisconnected(OSError):
+    """The client is gone or the connection is closed: nothing can be sent any more.
+
+    ASGI "HTTP & WebSocket" 2.4 asks for a subclass of OSError. It is no fault of the application: one that lets
+    it escape is not logged.
+    """
+
+
+class State(Enum):
+    """Where a connection is; the value completes the sentence "the application sent … while"."""
+
+    WAITING = "no response has been started"
+    STARTED = "the response is being sent"
+    COMPLETE = "the response is complete"
+    CONNECTING = "the WebSocket is neither accepted nor closed"
+    OPEN = "the WebSocket is open"
+    CLOSED = "the WebSocket is closed"
+
+
+# What may be sent in which state, and where that leads. http.response.body leads to COMPLETE when it is the last.
+# A pair that is not listed is an error, except in the two final states; ASGI "HTTP & WebSocket" 2.5.
+TRANSITIONS: Final[Mapping[tuple[State, str], State]] = {
+    (State.WAITING, "http.response.start"): State.STARTED,
+    (State.STARTED, "http.response.body"): State.STARTED,
+    (State.CONNECTING, "websocket.accept"): State.OPEN,
+    (State.CONNECTING, "websocket.close"): State.CLOSED,
+    (State.OPEN, "websocket.send"): State.OPEN,
+    (State.OPEN, "websocket.close"): State.CLOSED,
+}
+
+# Event types of ASGI extensions that this release does not offer, by extension: an application that sends one did
+# not look into scope["extensions"], which the error says.
+_EXTENSIONS: Final[Mapping[str, str]] = {
+    "http.response.push": "http.response.push",
+    "http.response.zerocopysend": "http.response.zerocopysend",
+    "http.response.pathsend": "http.response.pathsend",
+    "http.response.early_hint": "http.response.early_hint",
+    "http.response.trailers": "http.response.trailers",
+    "http.response.debug": "http.response.debug",
+    "websocket.http.response.start": "websocket.http.response",
+    "websocket.http.response.body": "websocket.http.response",
+}
+
+# RFC 9110 section 5.6.2: what header names and WebSocket subprotocols are made of.
+_TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+# RFC 9110 section 5.5: these would end the header field, and let a value add headers or a second response.
+_VALUE_FORBIDDEN: Final = re.compile(rb"[\r\n\0]")
+_MISSING: Final = object()
+
+
+class SentEvents:
+    """The events one application instance has sent so far, as far as the next one depends on them."""
+
+    __slots__ = ("state",)
+    protocol: ClassVar[str]
+    final_state: ClassVar[State]
+    _builders: ClassVar[Mapping[str, Callable[[Any, Mapping[str, Any]], Iterable[Event]]]]
+
+    state: State
+
+    def apply(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        """Check one message of the application; return the events that leave now, in order.
+
+        The result may be lazy and is to be used once. Raises InvalidEvent, ClientDisconnected.
+        """
+        raise NotImplementedError
+
+    @property
+    def is_complete(self) -> bool:
+        """True when the application has nothing more to say to the client."""
+        return self.state is self.final_state
+
+    def release_start(self) -> Event | None:
+        """Return the held http.response.start, if there is one: it leaves now, without a body."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.state.name}>"
+
+    def _build(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        try:
+            kind = message["type"]
+            builder = self._builders[kind]
+        except (KeyError, TypeError):
+            raise self._unknown(message) from None
+        if (self.state, kind) not in TRANSITIONS:
+            allowed = " or ".join(repr(sent) for state, sent in TRANSITIONS if state is self.state)
+            raise InvalidEvent(f"the application sent {kind!r} while {self.state.value}; expected {allowed}")
+        return builder(self, message)
+
+    def _unknown(self, message: object) -> InvalidEvent:
+        if not isinstance(message, Mapping):
+            return InvalidEvent(f"the application sent a {type(message).__name__}, expected a dict: {message!r:.80}")
+        kind = message.get("type")
+        if not isinstance(kind, str):
+            problem = 'has no "type"' if "type" not in message else f'has a "type" that is {kind!r:.80}, expected str'
+            return InvalidEvent(f"the application sent a message that {problem} (keys: {list(message)!r:.200})")
+        if kind in _EXTENSIONS and kind.startswith(self.protocol + "."):
+            return InvalidEvent(
+                f"the application sent {kind!r}, but the extension {_EXTENSIONS[kind]!r} is not offered: "
+                'it is not in scope["extensions"]'
+            )
+        known = ", ".join(repr(name) for name in self._builders)
+        return InvalidEvent(
+            f"the application sent {kind!r:.80} while {self.state.value}; on {self.protocol} connections "
+            f"only these are known: {known}"
+        )
+
+
+class HttpEvents(SentEvents):
+    """What the application sends in answer to one HTTP request.
+
+    ``http.response.start`` is held until the first ``http.response.body`` (ASGI, "Response Start": it need not be
+    sent before), so an application that fails in between still gets its clean 500.
+    """
+
+    __slots__ = ("_held_start",)
+    protocol = "http"
+    final_state = State.COMPLETE
+
+    def __init__(self) -> None:
+        self.state = State.WAITING
+        self._held_start: Event | None = None
+
+    def apply(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        if self.state is State.COMPLETE:
+            # ASGI, "Response Body": further messages are ignored. Still an error: what no HTTP response knows.
+            kind = message.get("type") if isinstance(message, Mapping) else None
+            if isinstance(kind, str) and (kind in self._builders or kind in _EXTENSIONS) and kind.startswith("http."):
+                return ()
+        return self._build(message)
+
+    def release_start(self) -> Event | None:
+        start, self._held_start = self._held_start, None
+        return start
+
+    def _start(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        kind = "http.response.start"
+        status = message.get("status", _MISSING)
+        if not isinstance(status, int) or isinstance(status, bool):
+            raise _wrong(kind, "status", status, "an int")
+        # RFC 9110 section 15.2: 1xx is an interim response; as the only one it would leave the client waiting.
+        if not 200 <= status <= 999:
+            raise InvalidEvent(f'{kind}: "status" is {status}, expected 200 to 999')
+        headers = _build_headers(kind, message.get("headers", ()))
+        # int(): http.HTTPStatus is an int, too, and must not reach the codec.
+        self._held_start = {"type": kind, "status": int(status), "headers": headers}
+        self.state = State.STARTED
+        return ()
+
+    def _body(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        kind = "http.response.body"
+        body = message.get("body", b"")
+        if type(body) is not bytes:
+            body = _as_bytes(kind, "body", body)
+        more_body = message.get("more_body", False)
+        if type(more_body) is not bool:
+            raise _wrong(kind, "more_body", more_body, "a bool")
+        if not more_body:
+            self.state = State.COMPLETE
+        start = self.release_start()
+        if len(body) > BODY_EVENT_BYTES_MAX:
+            return _cut_body(start, body, more_body)
+        event = {"type": kind, "body": body, "more_body": more_body}
+        return (event,) if start is None else (start, event)
+
+    _builders: ClassVar = {"http.response.start": _start, "http.response.body": _body}
+
+
+class WebSocketEvents(SentEvents):
+    """What the application sends on one WebSocket."""
+
+    __slots__ = ()
+    protocol = "websocket"
+    final_state = State.CLOSED
+
+    def __init__(self) -> None:
+        self.state = State.CONNECTING
+
+    def apply(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        if self.state is State.CLOSED:
+            raise ClientDisconnected("the application has closed this WebSocket, nothing can be sent any more")
+        return self._build(message)
+
+    def _accept(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        kind = "websocket.accept"
+        subprotocol = message.get("subprotocol")
+        if subprotocol is not None:
+            if not isinstance(subprotocol, str):
+                raise _wrong(kind, "subprotocol", subprotocol, "a str or None")
+            # RFC 6455 section 4.2.2: it goes into a header.
+            if not _TOKEN.fullmatch(subprotocol.encode("utf-8", "replace")):
+                raise InvalidEvent(f'{kind}: "subprotocol" is {subprotocol!r:.80}, which is not a token of RFC 9110')
+        headers = _build_headers(kind, message.get("headers", ()))
+        for name, _ in headers:
+            if name == b"sec-websocket-protocol":
+                raise InvalidEvent(f'{kind}: "headers" has sec-websocket-protocol, use the key "subprotocol"')
+        self.state = State.OPEN
+        return ({"type": kind, "subprotocol": subprotocol, "headers": headers},)
+
+    def _send(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        kind = "websocket.send"
+        text = message.get("text")
+        data = message.get("bytes")
+        if (text is None) == (data is None):
+            problem = "neither is" if text is None else "both are"
+            raise InvalidEvent(f'{kind}: exactly one of "text" and "bytes" must be given, {problem}')
+        if data is not None:
+            return ({"type": kind, "bytes": data if type(data) is bytes else _as_bytes(kind, "bytes", data)},)
+        if not isinstance(text, str):
+            raise _wrong(kind, "text", text, "a str")
+        # Asking for ASCII is free, and it spares most messages the second look.
+        if not text.isascii():
+            _check_encodable(kind, "text", text)
+        return ({"type": kind, "text": text},)
+
+    def _close(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        kind = "websocket.close"
+        code = message.get("code", 1000)
+        if not isinstance(code, int) or isinstance(code, bool):
+            raise _wrong(kind, "code", code, "an int")
+        if not _is_sendable_close_code(code):
+            raise InvalidEvent(
+                f'{kind}: "code" is {code}, expected 1000 to 1003, 1007 to 1014 or 3000 to 4999'
+                " (RFC 6455 section 7.4)"
+            )
+        reason = message.get("reason")
+        if reason is None:
+            reason = ""
+        if not isinstance(reason, str):
+            raise _wrong(kind, "reason", reason, "a str")
+        length_bytes = _check_encodable(kind, "reason", reason)
+        # RFC 6455 section 5.5: a control frame carries 125 bytes, of which the code takes two.
+        if length_bytes > 123:
+            raise InvalidEvent(f'{kind}: "reason" is {length_bytes} bytes of UTF-8, at most 123 fit: {reason!r:.40}…')
+        self.state = State.CLOSED
+        return ({"type": kind, "code": int(code), "reason": reason},)
+
+    _builders: ClassVar = {"websocket.accept": _accept, "websocket.send": _send, "websocket.close": _close}
+
+
+def _cut_body(start: Event | None, body: bytes, more_body: bool) -> Iterator[Event]:
+    if start is not None:
+        yield start
+    # Lazily: of a large body one piece at a time exists twice.
+    view = memoryview(body)
+    for offset in range(0, len(body), BODY_EVENT_BYTES_MAX):
+        end = offset + BODY_EVENT_BYTES_MAX
+        yield {
+            "type": "http.response.body",
+            "body": bytes(view[offset:end]),
+            "more_body": more_body or end < len(body),
+        }
+
+
+def _build_headers(kind: str, headers: Any) -> list[tuple[bytes, bytes]]:
+    """Any iterable of pairs of bytes, as a list with lower-case names."""
+    if isinstance(headers, str | bytes | Mapping):
+        raise _wrong(kind, "headers", headers, "an iterable of [name, value]")
+    try:
+        pairs = list(headers)
+    except TypeError:
+        raise _wrong(kind, "headers", headers, "an iterable of [name, value]") from None
+    built = []
+    for index, pair in enumerate(pairs):
+        try:
+            if isinstance(pair, str | bytes):  # two characters would unpack, too
+                raise TypeError
+            name, value = pair
+        except (TypeError, ValueError):
+            raise _wrong(kind, f"headers[{index}]", pair, "[name, value]") from None
+        if type(name) is not bytes:
+            name = _as_bytes(kind, f"headers[{index}] name", name)
+        if type(value) is not bytes:
+            value = _as_bytes(kind, f"headers[{index}] value", value)
+        lower = _build_header_name(name)
+        if lower is None:
+            raise InvalidEvent(f'{kind}: "headers[{index}] name" is {name!r:.80}, which is not a token of RFC 9110')
+        if _VALUE_FORBIDDEN.search(value):
+            raise InvalidEvent(f'{kind}: "headers[{index}] value" of {name!r} has a CR, LF or NUL: {value!r:.80}')
+        built.append((lower, value))
+    return built
+
+
+# Applications use few names, again and again. When it is full, the name used longest ago is forgotten.
+@lru_cache(maxsize=512)
+def _build_header_name(name: bytes) -> bytes | None:
+    return name.lower() if _TOKEN.fullmatch(name) else None
+
+
+def _is_sendable_close_code(code: int) -> bool:
+    # RFC 6455 section 7.4.1 and the IANA registry: 1005, 1006 and 1015 never travel, 1004 and 1016-2999 are reserved.
+    return 3000 <= code <= 4999 or 1000 <= code <= 1003 or 1007 <= code <= 1014
+
+
+def _as_bytes(kind: str, key: str, value: Any) -> bytes:
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value)
+    hint = ", encode it" if isinstance(value, str) else ""
+    raise _wrong(kind, key, value, f"bytes{hint}")
+
+
+def _check_encodable(kind: str, key: str, text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidEvent(
+            f'{kind}: "{key}" has a lone surrogate at {error.start}, which UTF-8 cannot carry: {text!r:.80}'
+        ) from None
+
+
+def _wrong(kind: str, key: str, value: object, expected: str) -> InvalidEvent:
+    if value is _MISSING:
+        return InvalidEvent(f'{kind}: the key "{key}" is missing, expected {expected}')
+    return InvalidEvent(f'{kind}: "{key}" is {value!r:.80} ({type(value).__name__}), expected {expected}')
