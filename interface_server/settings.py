@@ -111,6 +111,6 @@ class InterfaceSettings:
         # Below two pieces (64 KiB each) a transfer would wait for a round trip after every piece.
         if self.window_bytes < 128 * 1024:
             raise ValueError(f"window_bytes is {self.window_bytes}, must be at least {128 * 1024}")
-        for name, value in self.extra_headers:
-            if not name or any(mark in name + value for mark in b"\r\n\0"):
-                raise ValueError(f"extra header {name!r}: {value!r} is empty or contains CR, LF or NUL")
+        for header, value in self.extra_headers:
+            if not header or any(mark in header + value for mark in b"\r\n\0"):
+                raise ValueError(f"extra header {header!r}: {value!r} is empty or contains CR, LF or NUL")
