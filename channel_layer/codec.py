@@ -18,7 +18,8 @@ from typing import Any, Final, NoReturn
 
 import msgpack
 
-from channel_layer.errors import InvalidMessage, MessageTooLarge, WireError
+from channel_layer.channels_compat import message_too_large
+from channel_layer.errors import InvalidMessage, WireError
 from channel_layer.messages import DEPTH_MAX, INT_MAX, INT_MIN, MESSAGE_BYTES_MAX, RESERVED_KEY, DecodedMessage
 
 __all__ = ["decode_event", "decode_message", "encode_event", "encode_message"]
@@ -49,7 +50,7 @@ def encode_message(message: Mapping[str, Any]) -> bytes:
         _plain_message(message)  # names the place of the lone surrogate
         raise
     if len(encoded) > MESSAGE_BYTES_MAX:
-        raise MessageTooLarge(f"the message is {len(encoded)} bytes when encoded, the limit is {MESSAGE_BYTES_MAX}")
+        raise message_too_large(f"the message is {len(encoded)} bytes when encoded, the limit is {MESSAGE_BYTES_MAX}")
     return encoded
 
 

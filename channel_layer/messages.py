@@ -10,6 +10,7 @@ the interface server know their own fields.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 from channel_layer.errors import WireError
@@ -24,6 +25,7 @@ __all__ = [
     "MESSAGE_BYTES_MAX",
     "RESERVED_KEY",
     "DecodedMessage",
+    "check_seconds",
     "split_element",
 ]
 
@@ -63,3 +65,12 @@ def split_element(element: bytes) -> tuple[int, bytes]:
     if len(element) < _DEADLINE_BYTES:
         raise WireError(f"list element of {len(element)} bytes is shorter than its deadline: {element!r}")
     return int.from_bytes(element[:_DEADLINE_BYTES], "big"), element[_DEADLINE_BYTES:]
+
+
+def check_seconds(option: str, value: object) -> float:
+    """Return ``value`` if it is a finite number above zero; else TypeError or ValueError that names the option."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{option} is {value!r}, expected a number of seconds")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{option} is {value!r}, expected a finite number of seconds above 0")
+    return float(value)
