@@ -50,7 +50,7 @@ class LevelFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         name = record.levelname
         shown = f"\033[{_COLOURS.get(name, '0')}m{name}\033[0m" if self._colour else name
-        record.levelprefix = f"{shown}:" + " " * max(1, 9 - len(name))
+        record.levelprefix = f"{shown}:" + " " * (8 - len(name))
         return super().formatMessage(record)
 
 

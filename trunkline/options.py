@@ -443,12 +443,13 @@ def _convert(option: Option, value: Any, place: str) -> Any:
         if lowered in ("0", "false", "no", "off"):
             return False
         raise UsageError(f"{place}={value!r} is not valid: true or false is expected")
-    try:
-        if option.repeat:
-            return tuple(option.convert(item) for item in value)
-        return option.convert(value)
-    except ValueError as error:
-        raise UsageError(f"{place}: {value!r} is not valid: {error}") from error
+    converted = []
+    for item in value if option.repeat else (value,):
+        try:
+            converted.append(option.convert(item))
+        except ValueError as error:
+            raise UsageError(f"{place}: {item!r} is not valid: {error}") from error
+    return tuple(converted) if option.repeat else converted[0]
 
 
 def _read_env_file(path: str) -> dict[str, str]:

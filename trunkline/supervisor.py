@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
 from trunkline.broker import EmbeddedBroker
 from trunkline.lifeline import LIFELINE_VARIABLE, load_parent_death_signal
@@ -189,7 +189,8 @@ class Supervisor:
                 self._keep(child)
             for child in children:
                 assert child.ready is not None
-                await asyncio.wait([child.ready, stop], return_when=asyncio.FIRST_COMPLETED)
+                either: set[asyncio.Future[Any]] = {child.ready, stop}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
                 if self._stop_requested.is_set() or not child.ready.result():
                     return False  # in the second case the keeper has set the status
         finally:

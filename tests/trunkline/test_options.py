@@ -1,0 +1,122 @@
+"""The flags of the commands: parsing, environment variables, errors, and handing them on."""
+
+import pytest
+
+from trunkline.options import OPTIONS, UsageError, build_parser, parse, render_flags
+
+
+def parsed(*argv, environ=None):
+    return parse(build_parser("1.2.3"), argv, environ or {})
+
+
+def test_absent_flags_are_none_so_that_the_settings_decide():
+    options = parsed("serve", "main:app")
+    assert options.app == "main:app"
+    assert options.port is None
+    assert options.proxy_headers is None
+    assert options.header is None
+
+
+def test_flags_are_converted():
+    options = parsed(
+        *("serve", "main:app", "--port", "80", "--ws-ping-interval", "0", "--no-access-log", "--reload"),
+        *("--header", "X-One: 1", "--header", "X-Two:2", "--log-level", "DEBUG"),
+    )
+    assert options.port == 80
+    assert options.ws_ping_interval == 0
+    assert options.access_log is False
+    assert options.reload is True
+    assert options.header == ((b"x-one", b"1"), (b"x-two", b"2"))
+    assert options.log_level == "debug"
+
+
+def test_every_flag_has_an_environment_variable_and_the_flag_wins():
+    environ = {"TRUNKLINE_PORT": "81", "TRUNKLINE_ACCESS_LOG": "false", "TRUNKLINE_REDIS": "redis://elsewhere"}
+    options = parsed("interface", "--redis", "redis://here", environ=environ)
+    assert options.port == 81
+    assert options.access_log is False
+    assert options.redis == "redis://here"
+
+
+def test_the_application_may_come_from_the_environment():
+    assert parsed("worker", environ={"TRUNKLINE_APP": "main:app"}).app == "main:app"
+
+
+def test_variables_of_other_commands_are_not_looked_at():
+    options = parsed("worker", "main:app", environ={"TRUNKLINE_PORT": "not a number"})
+    assert not hasattr(options, "port")
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ([], "a command is expected: serve, interface or worker"),
+        (["serve"], "trunkline serve: APP is expected"),
+        (["serve", "a:b", "--port", "eighty"], "--port: 'eighty' is not valid: a whole number is expected"),
+        (["serve", "a:b", "--port", "65536"], "--port: '65536' is not valid: 0 to 65535 expected"),
+        (["serve", "a:b", "--workers", "0"], "--workers: '0' is not valid: 1 to 1024 expected"),
+        (["serve", "a:b", "--queue-timeout", "nan"], "--queue-timeout: 'nan' is not valid"),
+        (["serve", "a:b", "--header", "no colon"], "--header: 'no colon' is not valid: Name:Value is expected"),
+        (["serve", "a:b", "--header", "a: b\r\nc: d"], "Name:Value is expected"),
+        (["serve", "a:b", "--log-level", "loud"], "one of critical, error"),
+        (["serve", "a:b", "--app-dir", "/nowhere/at/all"], "--app-dir: '/nowhere/at/all' is not valid: no such dir"),
+        (["worker", "a:b", "--port", "80"], "unrecognized arguments: --port"),
+        (["sevre", "a:b"], "invalid choice: 'sevre'"),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_value(argv, text):
+    with pytest.raises(UsageError) as caught:
+        parsed(*argv)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_environment_variable_is_named():
+    with pytest.raises(UsageError, match=r"TRUNKLINE_PORT: 'x' is not valid"):
+        parsed("serve", "a:b", environ={"TRUNKLINE_PORT": "x"})
+    with pytest.raises(UsageError, match=r"TRUNKLINE_RELOAD='perhaps' is not valid: true or false"):
+        parsed("serve", "a:b", environ={"TRUNKLINE_RELOAD": "perhaps"})
+
+
+def test_env_file_stands_behind_the_environment(tmp_path):
+    path = tmp_path / "env"
+    path.write_text("# comment\nexport TRUNKLINE_PORT=82\nTRUNKLINE_HOST='0.0.0.0'\n\nOTHER = \"x y\"\n")
+    options = parsed("serve", "a:b", "--env-file", str(path), environ={"TRUNKLINE_HOST": "::1"})
+    assert options.port == 82
+    assert options.host == "::1"
+
+
+def test_a_wrong_env_file_names_its_line(tmp_path):
+    path = tmp_path / "env"
+    path.write_text("A=1\nwhat is this\n")
+    with pytest.raises(UsageError, match=r"line 2: NAME=value is expected, got 'what is this'"):
+        parsed("serve", "a:b", "--env-file", str(path))
+    with pytest.raises(UsageError, match="cannot be read"):
+        parsed("serve", "a:b", "--env-file", str(tmp_path / "absent"))
+
+
+def test_supervised_processes_get_the_same_values():
+    argv = (
+        *("--redis", "unix:///tmp/x", "--root-path", "/api", "--header", "X-One: 1", "--no-date-header"),
+        *("--ws-max-size", "1000", "--timeout-keep-alive", "2.5", "--forwarded-allow-ips", "10.0.0.0/8,::1"),
+    )
+    options = parsed("serve", "a:b", *argv, "--workers", "4", "--reload")
+    again = parsed("interface", *render_flags(options, "interface"))
+    for name in ("redis", "root_path", "header", "date_header", "ws_max_size", "timeout_keep_alive"):
+        assert getattr(again, name) == getattr(options, name), name
+    worker_flags = render_flags(options, "worker")
+    assert worker_flags == ["--redis=unix:///tmp/x"]
+
+
+def test_flags_are_unique_and_fill_fields_that_exist():
+    from dataclasses import fields
+
+    from interface_server.settings import InterfaceSettings
+    from worker.settings import WorkerSettings
+
+    names = {field.name for cls in (InterfaceSettings, WorkerSettings) for field in fields(cls)}
+    elsewhere = {"log_level", "log_config", "env_file"}  # the roof's own
+    for command in ("interface", "worker"):
+        rows = [option for option in OPTIONS if command in option.commands and not option.for_supervisor]
+        assert len({option.flag for option in rows}) == len(rows)
+        assert {option.setting for option in rows} - elsewhere <= names
