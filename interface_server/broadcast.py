@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from interface_server.protocol.websocket_frames import BINARY, TEXT, build_frame
+from interface_server.protocol.websocket_frames import build_frame, read_message
 
 __all__ = [
     "Broadcast",
@@ -28,7 +28,6 @@ __all__ = [
     "FanOut",
     "FanOutStatistics",
     "Receiver",
-    "read_message",
 ]
 
 # A slice ends after so many connections or so much time, whichever is first; then other callbacks of the loop have
@@ -39,22 +38,6 @@ _SLICE_S: Final = 0.005
 # When the process holds too much, clients go until this share of the limit is left, so that the next broadcast does
 # not begin to search again.
 _EVICT_TO: Final = 0.9
-
-
-def read_message(event: dict[str, Any]) -> tuple[int, bytes] | None:
-    """Return opcode and payload of a ``websocket.send`` event; None if it is not a valid one.
-
-    ASGI "Send": exactly one of "text" and "bytes" is not None; empty ones are messages, too.
-    """
-    text, data = event.get("text"), event.get("bytes")
-    if data is None and type(text) is str:
-        try:
-            return TEXT, text.encode()
-        except UnicodeEncodeError:  # a lone surrogate
-            return None
-    if text is None and type(data) is bytes:
-        return BINARY, data
-    return None
 
 
 class Broadcast:
@@ -237,7 +220,7 @@ class BroadcastMemory:
         held = self._held.get(receiver)
         if held is None:
             return  # it was forgotten; its queue is being emptied into nothing
-        self._total -= size
+        self._total -= min(size, held)
         if held > size:
             self._held[receiver] = held - size
         else:

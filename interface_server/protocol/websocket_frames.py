@@ -7,7 +7,8 @@ is Autobahn's work (interface_server/websocket.py).
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 __all__ = [
     "BINARY",
@@ -18,6 +19,7 @@ __all__ = [
     "build_close",
     "build_frame",
     "close_code_is_valid",
+    "read_message",
     "truncate_reason",
 ]
 
@@ -46,6 +48,22 @@ def build_frame(opcode: int, payload: bytes) -> bytes:
     if length < 65536:
         return b"%c\x7e%b%b" % (0x80 | opcode, length.to_bytes(2, "big"), payload)
     return b"%c\x7f%b%b" % (0x80 | opcode, length.to_bytes(8, "big"), payload)
+
+
+def read_message(event: Mapping[str, Any]) -> tuple[int, bytes] | None:
+    """Return opcode and payload of a ``websocket.send`` event; None if it is not a valid one.
+
+    ASGI "Send": exactly one of "text" and "bytes" is not None; empty ones are messages, too.
+    """
+    text, data = event.get("text"), event.get("bytes")
+    if data is None and type(text) is str:
+        try:
+            return TEXT, text.encode()
+        except UnicodeEncodeError:  # a lone surrogate
+            return None
+    if text is None and type(data) is bytes:
+        return BINARY, data
+    return None
 
 
 def build_close(code: int | None, reason: str = "") -> bytes:
