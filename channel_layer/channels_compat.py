@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from channel_layer import errors
 from channel_layer.capacity import Capacities
 from channel_layer.errors import ChannelFull, ChannelLayerError, MessageTooLarge
 from channel_layer.names import NAME_LENGTH_MAX, check_channel_name, check_group_name, non_local_name
@@ -47,10 +48,14 @@ _CLASSES_FOR_BOTH: dict[tuple[type, type], type[ChannelLayerError]] = {}
 
 
 class ChannelsBackend:
-    """The methods of ``channels.layers.BaseChannelLayer`` that applications and libraries call on a layer.
+    """What applications and libraries use of ``channels.layers.BaseChannelLayer``.
 
     A layer derives from it and sets ``expiry`` and ``_capacities``.
     """
+
+    # Required of a layer object by the specification; what is raised is one of these or a subclass.
+    ChannelFull: type[Exception] = errors.ChannelFull
+    MessageTooLarge: type[Exception] = errors.MessageTooLarge
 
     MAX_NAME_LENGTH = NAME_LENGTH_MAX
 
