@@ -1,0 +1,174 @@
+"""Applications that the system tests serve. Plain ASGI: what fails here is ours, not a framework's."""
+
+import asyncio
+import hashlib
+import json
+import os
+from urllib.parse import parse_qs
+
+from channel_layer import get_channel_layer
+
+CHUNK = bytes(range(256)) * 256  # 64 KiB
+
+
+async def application(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await lifespan(receive, send)
+    elif scope["type"] == "http":
+        await ROUTES.get(scope["path"], not_found)(scope, receive, send)
+    else:
+        await SOCKETS.get(scope["path"], echo)(scope, receive, send)
+
+
+async def lifespan(receive, send):
+    while True:
+        event = await receive()
+        await send({"type": f"{event['type']}.complete"})
+        if event["type"] == "lifespan.shutdown":
+            return
+
+
+def query(scope):
+    return {name: values[0] for name, values in parse_qs(scope["query_string"].decode()).items()}
+
+
+async def respond(send, body, status=200, content_type=b"text/plain"):
+    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def not_found(scope, receive, send):
+    await respond(send, b"not found", 404)
+
+
+async def hello(scope, receive, send):
+    await respond(send, b"hello")
+
+
+async def pid(scope, receive, send):
+    await respond(send, str(os.getpid()).encode())
+
+
+async def upload(scope, receive, send):
+    """Answers with the digest of the body."""
+    digest, size, more = hashlib.sha256(), 0, True
+    while more:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            return
+        digest.update(event.get("body", b""))
+        size += len(event.get("body", b""))
+        more = event.get("more_body", False)
+    await respond(send, json.dumps({"bytes": size, "sha256": digest.hexdigest()}).encode())
+
+
+async def download(scope, receive, send):
+    """Streams ?bytes=N, without a content-length, with an optional ?pause= between chunks."""
+    left, pause = int(query(scope)["bytes"]), float(query(scope).get("pause", 0))
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    while left > 0:
+        piece = CHUNK[: min(left, len(CHUNK))]
+        left -= len(piece)
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if pause:
+            await asyncio.sleep(pause)
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def numbers(scope, receive, send):
+    """Streams lines 0 … n-1, one event each, slowly."""
+    arguments = query(scope)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for number in range(int(arguments["n"])):
+        await send({"type": "http.response.body", "body": b"%d\n" % number, "more_body": True})
+        await asyncio.sleep(float(arguments.get("pause", 0)))
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def fail(scope, receive, send):
+    raise RuntimeError("this application fails on purpose")
+
+
+async def fail_later(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"some", "more_body": True})
+    raise RuntimeError("this application fails on purpose")
+
+
+async def hang(scope, receive, send):
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def sse(scope, receive, send):
+    """A stream in the group ?group=."""
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+    await send({"type": "http.response.body", "body": b": joined\n\n", "more_body": True})
+    await get_channel_layer().group_add(query(scope)["group"], reply_channel(scope))
+    await send({"type": "http.response.body", "body": b": ready\n\n", "more_body": True})
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def publish(scope, receive, send):
+    """Sends the body to the group ?group= as a WebSocket text."""
+    event = await receive()
+    await get_channel_layer().group_send(
+        query(scope)["group"], {"type": "websocket.send", "text": event["body"].decode()}
+    )
+    await respond(send, b"sent")
+
+
+def reply_channel(scope):
+    return scope["extensions"]["channel_layer"]["reply_channel"]
+
+
+async def echo(scope, receive, send):
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (event := await receive())["type"] == "websocket.receive":
+        await send({"type": "websocket.send", "text": event.get("text"), "bytes": event.get("bytes")})
+
+
+async def member(scope, receive, send):
+    """Joins ?group= and says so; what the client sends goes to the group."""
+    group = query(scope)["group"]
+    layer = get_channel_layer()
+    await receive()
+    await send({"type": "websocket.accept"})
+    await layer.group_add(group, reply_channel(scope))
+    await send({"type": "websocket.send", "text": "joined"})
+    while (event := await receive())["type"] == "websocket.receive":
+        await layer.group_send(group, {"type": "websocket.send", "text": event["text"]})
+
+
+async def flood(scope, receive, send):
+    """Sends ?n= messages of ?bytes= as fast as it may; then says how long its sends took."""
+    arguments = query(scope)
+    await receive()
+    await send({"type": "websocket.accept"})
+    for _ in range(int(arguments["n"])):
+        await send({"type": "websocket.send", "bytes": bytes(int(arguments["bytes"]))})
+    await send({"type": "websocket.close"})
+
+
+async def fail_socket(scope, receive, send):
+    await receive()
+    await send({"type": "websocket.accept"})
+    raise RuntimeError("this application fails on purpose")
+
+
+ROUTES = {
+    "/": hello,
+    "/pid": pid,
+    "/upload": upload,
+    "/download": download,
+    "/numbers": numbers,
+    "/fail": fail,
+    "/fail-later": fail_later,
+    "/hang": hang,
+    "/sse": sse,
+    "/publish": publish,
+}
+SOCKETS = {"/echo": echo, "/member": member, "/flood": flood, "/fail": fail_socket}

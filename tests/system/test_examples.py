@@ -1,0 +1,107 @@
+"""Each example, run as its docstring says."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import httpx
+import pytest
+from websockets.sync.client import connect
+
+from tests.system.processes import ROOT, Served
+
+
+def test_hello():
+    with Served("examples.hello:application") as served:
+        assert httpx.get(served.url).text == "Hello, world!\n"
+
+
+@pytest.mark.parametrize(("name", "who"), [("closure", "a closure"), ("partial", "a partial"), ("Class", "a class")])
+def test_asgi2(name, who):
+    with Served(f"examples.asgi2:{name}") as served:
+        assert httpx.get(served.url + "/x").text == f"Hello from {who}, you asked for /x\n"
+
+
+@pytest.fixture(scope="module")
+def starlette():
+    with Served("examples.starlette_app:app") as served:
+        yield served
+
+
+class TestStarlette:
+    def test_a_request_tells_everything(self, starlette):
+        answer = httpx.put(
+            starlette.url + "/?a=1&b=%C3%BC", headers={"x-thing": "yes", "cookie": "c=d; e=f"}, content=b"ignored"
+        ).json()
+        assert answer["method"] == "PUT"
+        assert answer["url"] == starlette.url + "/?a=1&b=%C3%BC"
+        assert answer["query"] == {"a": "1", "b": "ü"}
+        assert answer["headers"]["x-thing"] == "yes"
+        assert answer["cookies"] == {"c": "d", "e": "f"}
+        assert answer["client"] == "127.0.0.1"
+        assert answer["greeting"] == "hello"  # the state of the lifespan
+
+    def test_bodies(self, starlette):
+        data = os.urandom(1_000_000)
+        digest = hashlib.sha256(data).hexdigest()
+        assert httpx.post(starlette.url + "/body", content=data).text == digest
+        chunks = (data[start : start + 7777] for start in range(0, len(data), 7777))
+        assert httpx.post(starlette.url + "/stream", content=chunks).json() == {"bytes": len(data), "sha256": digest}
+        assert httpx.post(starlette.url + "/json", json={"a": [1, None]}).json() == {"received": {"a": [1, None]}}
+
+    def test_forms(self, starlette):
+        assert httpx.post(starlette.url + "/form", data={"name": "Ada"}).json() == {"name": "Ada"}
+        files = {"upload": ("notes.txt", b"x" * 300_000)}
+        assert httpx.post(starlette.url + "/form", files=files, data={"a": "b"}).json() == {
+            "a": "b",
+            "upload": {"file": "notes.txt", "bytes": 300_000},
+        }
+
+    def test_a_streamed_response(self, starlette):
+        assert httpx.get(starlette.url + "/countdown/5").text == "5\n4\n3\n2\n1\n"
+
+    def test_server_sent_events(self, starlette):
+        with httpx.stream("GET", starlette.url + "/events", timeout=10) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == ": welcome"
+            assert httpx.post(starlette.url + "/events", content="one\ntwo").status_code == 200
+            assert [next(lines) for _ in range(3)] == ["", "data: one", "data: two"]
+
+    def test_websocket(self, starlette):
+        with connect(starlette.ws_url + "/echo") as client:
+            client.send("hello")
+            assert client.recv(timeout=10) == "hello"
+
+
+def test_chat_and_publish():
+    with Served("chat:application", "--app-dir", "examples/chat", "--workers", "2") as served:
+        assert "<title>Chat</title>" in httpx.get(served.url).text
+        assert httpx.get(served.url + "/chat.js").headers["content-type"].startswith("text/javascript")
+        assert httpx.get(served.url + "/../secret").status_code == 404
+        url = served.ws_url + "/rooms/lobby?name={0}&id={0}"
+        with connect(url.format("ada")) as ada:
+            read(ada, "here", "ada")
+            with connect(url.format("grace")) as grace:
+                read(ada, "joined", "grace")
+                read(grace, "here", "ada")  # the roll call
+                grace.send(json.dumps({"kind": "say", "text": " hello "}))
+                assert read(ada, "said", "grace")["text"] == "hello"
+                environment = {**os.environ, "TRUNKLINE_REDIS": served.redis_url}
+                script = [sys.executable, str(ROOT / "examples" / "publish.py"), "lobby", "The build is green"]
+                subprocess.run(script, check=True, env=environment, timeout=30)
+                assert read(grace, "said", "publish.py")["text"] == "The build is green"
+                grace.send("not JSON")
+                with pytest.raises(Exception, match="1003"):
+                    while True:
+                        grace.recv(timeout=10)
+            read(ada, "left", "grace")
+
+
+def read(client, kind, name):
+    """Read until a line of this kind about this visitor comes."""
+    while True:
+        line = json.loads(client.recv(timeout=10))
+        if (line["kind"], line["name"]) == (kind, name):
+            return line

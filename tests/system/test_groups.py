@@ -1,0 +1,102 @@
+"""Groups as applications, scripts and browsers use them."""
+
+import contextlib
+import socket
+
+import httpx
+import redis
+from websockets.sync.client import connect
+
+from channel_layer import Publisher
+from tests.system.processes import Served, wait_until
+
+APP = "tests.system.applications:application"
+
+
+def test_one_send_reaches_members_on_every_interface_server():
+    with Served(APP, "--interfaces", "2", "--workers", "2") as served, contextlib.ExitStack() as stack:
+        url = f"{served.ws_url}/member?group=room"
+        clients = [stack.enter_context(connect(url, open_timeout=20)) for _ in range(40)]
+        for client in clients:
+            assert client.recv(timeout=10) == "joined"
+        for number in range(20):
+            clients[number].send(f"message {number}")
+            for client in clients:
+                assert client.recv(timeout=10) == f"message {number}"
+        # From outside: a script.
+        with Publisher(served.redis_url) as publisher:
+            for number in range(50):
+                publisher.group_send("room", {"type": "websocket.send", "text": f"script {number}"})
+        for client in clients:
+            assert [client.recv(timeout=10) for _ in range(50)] == [f"script {n}" for n in range(50)]
+        # From an HTTP request.
+        assert httpx.post(f"{served.url}/publish?group=room", content="from a request").text == "sent"
+        for client in clients:
+            assert client.recv(timeout=10) == "from a request"
+        # And a group ends them all.
+        with Publisher(served.redis_url) as publisher:
+            publisher.group_send("room", {"type": "websocket.close", "code": 4000, "reason": "over"})
+        for client in clients:
+            client.recv_bufsize = 0
+            with contextlib.suppress(Exception):
+                client.recv(timeout=10)
+            assert client.close_code == 4000
+            assert client.close_reason == "over"
+
+
+def test_membership_ends_with_the_connection_and_leaves_nothing():
+    with Served(APP) as served, redis.Redis.from_url(served.redis_url) as broker:
+        before = set(broker.keys("*"))
+        with connect(f"{served.ws_url}/member?group=a-room") as client:
+            assert client.recv(timeout=10) == "joined"
+            assert [key for key in broker.keys("*") if b"a-room" in key]
+        wait_until(lambda: set(broker.keys("*")) <= before, 10, "nothing is left of the group")
+
+
+def test_server_sent_events_through_a_group():
+    with Served(APP) as served, socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.settimeout(10)
+        client.sendall(b"GET /sse?group=news HTTP/1.1\r\nHost: x\r\n\r\n")
+        received = b""
+
+        def read_until(end):
+            nonlocal received
+            while end not in received:
+                data = client.recv(65536)
+                assert data, received
+                received += data
+
+        read_until(b": ready\n\n")
+        with Publisher(served.redis_url) as publisher:
+            # An absent more_body means that more follows, in a message from elsewhere.
+            publisher.group_send("news", {"type": "http.response.body", "body": b"data: one\n\n"})
+            publisher.group_send("news", {"type": "http.response.body", "body": b"data: two\n\n"})
+            read_until(b"data: two\n\n")
+            assert received.index(b"data: one") < received.index(b"data: two")
+            publisher.group_send("news", {"type": "http.response.body", "body": b"data: end\n\n", "more_body": False})
+            read_until(b"0\r\n\r\n")
+
+
+def test_a_message_of_the_applications_own_type_reaches_the_instance(tmp_path):
+    (tmp_path / "own.py").write_text(
+        """
+import json
+from channel_layer import get_channel_layer
+
+async def app(scope, receive, send):
+    channel = scope["extensions"]["channel_layer"]["reply_channel"]
+    await receive()
+    await send({"type": "websocket.accept"})
+    await get_channel_layer().group_add("own", channel)
+    await send({"type": "websocket.send", "text": channel})
+    while (event := await receive())["type"] != "websocket.disconnect":
+        await send({"type": "websocket.send", "text": json.dumps(event)})
+"""
+    )
+    with Served("own:app", "--lifespan", "off", cwd=tmp_path) as served, Publisher(served.redis_url) as publisher:
+        with connect(served.ws_url) as client:
+            channel = client.recv(timeout=10)
+            publisher.group_send("own", {"type": "game.move", "from": [1, 2], "to": None})
+            assert client.recv(timeout=10) == '{"type": "game.move", "from": [1, 2], "to": null}'
+            publisher.send(channel, {"type": "websocket.send", "text": "straight to the client"})
+            assert client.recv(timeout=10) == "straight to the client"

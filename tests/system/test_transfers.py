@@ -1,0 +1,193 @@
+"""Large bodies, slow readers: everything arrives, and nobody's memory grows with it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+import redis
+from websockets.sync.client import connect
+
+from tests.system.applications import CHUNK
+from tests.system.processes import Served, memory_bytes, wait_until
+
+APP = "tests.system.applications:application"
+GIB = 1024**3
+MIB = 1024**2
+
+
+@pytest.fixture(scope="module")
+def served():
+    with Served(APP, "--workers", "2", "--no-access-log") as running:
+        httpx.get(running.url)  # what is loaded at the first request does not count as growth
+        yield running
+
+
+class Growth:
+    """Watches how far the processes of a command grow, and what the broker holds."""
+
+    def __init__(self, served):
+        self.pids = [*served.pids("worker"), *served.pids("interface server")]
+        self.before = {pid: memory_bytes(pid) for pid in self.pids}
+        self.most = dict(self.before)
+        self.broker_most = 0
+        self._redis = redis.Redis.from_url(served.redis_url)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self._redis.close()
+
+    def _watch(self):
+        while not self._stop.wait(0.05):
+            for pid in self.pids:
+                self.most[pid] = max(self.most[pid], memory_bytes(pid))
+            self.broker_most = max(self.broker_most, self._redis.info("memory")["used_memory"])
+
+    def check(self):
+        for pid in self.pids:
+            growth = self.most[pid] - self.before[pid]
+            assert growth < 64 * MIB, f"process {pid} grew by {growth / MIB:.0f} MiB"
+        assert self.broker_most < 64 * MIB, f"the broker held {self.broker_most / MIB:.0f} MiB"
+
+
+def digest_of_chunks(count):
+    digest = hashlib.sha256()
+    for _ in range(count):
+        digest.update(CHUNK)
+    return digest.hexdigest()
+
+
+@pytest.mark.timeout(300)
+def test_a_gibibyte_up(served):
+    count = GIB // len(CHUNK)
+    with Growth(served) as growth:
+        answer = httpx.post(served.url + "/upload", content=(CHUNK for _ in range(count)), timeout=240)
+    assert answer.json() == {"bytes": GIB, "sha256": digest_of_chunks(count)}
+    growth.check()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("slow_s", [0, 10])
+def test_a_gibibyte_down(served, slow_s):
+    """At full speed, and to a client that reads 1 MB a second for the first ten seconds."""
+    digest, size = hashlib.sha256(), 0
+    with Growth(served) as growth, socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.settimeout(60)
+        client.sendall(b"GET /download?bytes=%d HTTP/1.0\r\nHost: x\r\n\r\n" % GIB)
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += client.recv(65536)
+        body = data.partition(b"\r\n\r\n")[2]
+        slow_until = time.monotonic() + slow_s
+        while True:
+            digest.update(body)
+            size += len(body)
+            if time.monotonic() < slow_until:
+                time.sleep(0.1)  # the client's pace, not a wait for something
+                body = client.recv(100_000)
+            else:
+                body = client.recv(MIB)
+            if not body:
+                break
+    assert (size, digest.hexdigest()) == (GIB, digest_of_chunks(GIB // len(CHUNK)))
+    growth.check()
+
+
+def test_an_upload_reaches_the_application_while_it_is_sent(served):
+    """The application answers before the body has ended, so the body cannot have been collected first."""
+    with socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.settimeout(20)
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nabc")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_application_that_does_not_read_stops_the_client(served):
+    """What is in flight is bounded: kernel buffers, two windows and what one read holds."""
+    with Growth(served) as growth, socket.create_connection(("127.0.0.1", served.port)) as client:
+        client.setblocking(False)
+        client.sendall(b"POST /hang HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % GIB)
+        # /hang reads until the client leaves, so a WebSocket that is not read is what stops here:
+        client.close()
+        flood = f"{served.ws_url}/echo"
+        with connect(flood, max_size=None, compression=None) as websocket:
+            websocket.socket.settimeout(3)
+            sent = 0
+            with contextlib.suppress(TimeoutError, OSError):
+                while sent < 256 * MIB:
+                    websocket.socket.sendall(b"\x82\xfe\xff\xff\0\0\0\0" + bytes(0xFFFF))
+                    sent += 0xFFFF
+            # Nobody reads the echoes: the application's send() waits, then it no longer receives.
+            assert sent < 64 * MIB
+    growth.check()
+
+
+def test_a_websocket_client_that_never_reads_costs_a_window(served):
+    with Growth(served) as growth:
+        with connect(f"{served.ws_url}/flood?n=20000&bytes=16384", max_size=None, compression=None) as deaf:
+            deaf.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            deaf.recv(timeout=5)
+            deaf.protocol_paused = True
+            with connect(f"{served.ws_url}/echo") as neighbour:
+                slowest = 0.0
+                for number in range(200):
+                    begun = time.monotonic()
+                    neighbour.send(str(number))
+                    assert neighbour.recv(timeout=5) == str(number)
+                    slowest = max(slowest, time.monotonic() - begun)
+            assert slowest < 1.0
+    growth.check()
+
+
+def test_messages_of_all_sizes_come_back_whole(served):
+    with connect(f"{served.ws_url}/echo", max_size=None, compression=None) as client:
+        for size in (0, 1, 125, 126, 65535, 65536, 65537, 300_000, 5_000_000):
+            message = os.urandom(size)
+            client.send(message)
+            assert client.recv(timeout=20) == message
+            client.send("ü" * (size // 2))
+            assert client.recv(timeout=20) == "ü" * (size // 2)
+
+
+def test_a_broadcast_member_that_never_reads_is_closed_and_the_others_notice_nothing():
+    with Served(APP, "--client-buffer", "262144") as served, contextlib.ExitStack() as stack:
+        url = f"{served.ws_url}/member?group=room"
+        deaf = socket.create_connection(("127.0.0.1", served.port))
+        stack.callback(deaf.close)
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.sendall(
+            b"GET /member?group=room HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+        )
+        readers = [stack.enter_context(connect(url, max_size=None, compression=None)) for _ in range(3)]
+        for reader in readers:
+            assert reader.recv(timeout=10) == "joined"
+        text = "x" * 50_000
+        for number in range(400):  # 20 MB: beyond what the kernel holds for the deaf one
+            readers[0].send(f"{number} {text}")
+            for reader in readers:
+                assert reader.recv(timeout=10) == f"{number} {text}"
+
+        def is_gone():
+            with contextlib.suppress(BlockingIOError):
+                deaf.setblocking(False)
+                while data := deaf.recv(MIB):
+                    tail.append(data[-64:])
+                return True
+            return False
+
+        tail = []
+        wait_until(is_gone, 30, "the deaf client is closed")
+        assert (1013).to_bytes(2, "big") in tail[-1] or len(tail) > 0
+        assert json.dumps("ok")
