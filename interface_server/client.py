@@ -29,6 +29,8 @@ class Refusal(Enum):
     OPENING_LOST = (503, 1013, "the opening was lost three times")
     WORKER_LOST = (502, 1012, "the worker died")
     SLOW_CLIENT = (502, 1013, "the client does not read what is broadcast to it")
+    TOO_MANY = (503, 1013, "the limit of connections is reached")
+    STOPPING = (503, 1012, "the server is stopping")
     PROTOCOL = (502, 1011, "the worker sent what this release cannot read")
 
     def __init__(self, status: int, close_code: int, reason: str) -> None:

@@ -1,0 +1,503 @@
+"""One client connection on its way to an application instance: its phases, its queues, its credit.
+
+What lives here: everything that concerns one connection. What does not: the table of all of them, openings and
+the broker (connections.py), bytes and sockets (http1.py, websocket.py), credit arithmetic (channel_layer).
+
+             +--broker away--> PARKED
+             |                   | ^
+    (opened)-+-----------------> PUSHING --stored--> WAITING --lost--> PUSHING
+                                    |                   |
+                    PARKED, PUSHING, WAITING --CLAIM--> OWNED --client gone, exchange over--> LEAVING
+                                    |                   |                                        |
+                         refused, client gone           +--END, worker lost--> ENDING            |
+                                    |                                            |               |
+                                    v            all delivered, client gone      v               v  END, worker lost
+                                   OVER <----------------------------------------+---------------+
+
+In LEAVING the instance still runs (cleaning up): the connection stays known, so that its frames are not answered
+with CLOSED, but it owns nothing any more, neither a client nor memberships. In ENDING the instance is over and
+the client is slow: what the instance had sent is delivered first.
+
+The queue exists only while the client does not take events. It holds events of the instance (bounded by the
+credit window) and messages of groups (bounded by ``client_buffer_bytes_max``: beyond it the client is closed).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from enum import Enum, IntEnum
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from channel_layer.codec import decode_event, encode_event
+from channel_layer.connection import FlowControlError, IncomingEvents, OutgoingEvents
+from channel_layer.errors import WireError
+from channel_layer.frames import FrameKind, Outcome, build_closed, build_gone, build_grant
+from interface_server.client import Client, Refusal
+
+if TYPE_CHECKING:
+    from interface_server.broadcast import Broadcast
+    from interface_server.connections import Connections
+
+__all__ = ["ClientConnection", "State"]
+
+_LOGGER: Final = logging.getLogger("trunkline.interface")
+
+# What a client may send before a worker has claimed the connection; beyond it the socket is not read. Such bytes
+# are held by every waiting connection, so this is less than a window.
+UNCLAIMED_BYTES_MAX: Final = 64 * 1024
+
+# A message counts at least so much where it waits: ten thousand empty ones are not free.
+_HELD_BYTES_MIN: Final = 64
+
+
+class State(Enum):
+    PARKED = "waits for the broker"
+    PUSHING = "the opening is being stored"
+    WAITING = "waits for a worker"
+    OWNED = "a worker has it"
+    LEAVING = "the client is gone, the instance not yet"
+    ENDING = "the instance is gone, its events not all delivered"
+    OVER = "nobody has it"
+
+
+_UNCLAIMED: Final = frozenset({State.PARKED, State.PUSHING, State.WAITING})
+
+TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
+    State.PARKED: frozenset({State.PUSHING, State.OWNED, State.OVER}),
+    # WAITING to PUSHING: lost, sent again. A lost opening may be claimed all the same, in any of the three.
+    State.PUSHING: frozenset({State.PARKED, State.WAITING, State.OWNED, State.OVER}),
+    State.WAITING: frozenset({State.PUSHING, State.OWNED, State.OVER}),
+    State.OWNED: frozenset({State.LEAVING, State.ENDING, State.OVER}),
+    State.LEAVING: frozenset({State.OVER}),
+    State.ENDING: frozenset({State.OVER}),
+    State.OVER: frozenset(),
+}
+
+
+class _Held(IntEnum):
+    """What stands in the queue."""
+
+    EVENT = 0  # (EVENT, encoded event of the instance, its cost in credit)
+    SHARED = 1  # (SHARED, Broadcast or event that many instances sent, its cost in credit)
+    BROADCAST = 2  # (BROADCAST, Broadcast of a group, bytes)
+    GROUP_EVENT = 3  # (GROUP_EVENT, event of a group, bytes)
+
+
+_Item = tuple[_Held, Any, int]
+
+
+class ClientConnection:
+    """Implements ``client.Connection``; made by ``Connections.open``, and most methods are for Connections."""
+
+    __slots__ = (
+        "_accepting",
+        "_client",
+        "_counted",
+        "_delivering",
+        "_early",
+        "_flush_wanted",
+        "_hub",
+        "_incoming",
+        "_outgoing",
+        "_paused",
+        "_queue",
+        "_reading_paused",
+        "_verdict",
+        "broker_deadline",
+        "channel",
+        "epoch",
+        "number",
+        "opening",
+        "peer",
+        "protocol",
+        "reply_channel",
+        "state",
+    )
+
+    def __init__(
+        self,
+        *,
+        hub: Connections,
+        client: Client,
+        number: int,
+        reply_channel: str,
+        protocol: Literal["http", "websocket"],
+        channel: str,
+        window_bytes: int,
+    ) -> None:
+        self.number = number
+        self.reply_channel = reply_channel
+        self.protocol = protocol
+        self.channel = channel  # the normal channel its opening goes to
+        self.epoch = 1  # how often it got an owner; fences the frames of earlier ones
+        self.state = State.PARKED
+        self.peer: str | None = None  # process id of the worker that owns it
+        self.opening: bytes | None = None  # kept until it is claimed: it may have to be sent again
+        self._hub = hub
+        self._client: Client | None = client  # None in LEAVING and OVER
+        self._outgoing = OutgoingEvents(number, self.epoch, window_bytes)
+        self._incoming = IncomingEvents(number, self.epoch, window_bytes)
+        self._queue: deque[_Item] | None = None  # see above; None when empty, for an idle WebSocket has none
+        self._early: list[_Item] | None = None  # messages of groups before accept_broadcasts()
+        # So many items at the head of the queue are known to BroadcastMemory, as far as they are a group's: those
+        # that were there when the client paused. The others merely wait for their turn in a fan-out.
+        self._counted = 0
+        self._flush_wanted = False  # FanOut will call flush_queue()
+        self._paused = False  # the client's transport is full
+        self._accepting = False  # messages of groups may be delivered
+        self._reading_paused = False  # we told the client to stop reading
+        self.broker_deadline: float | None = None  # set when it first waits for the broker
+        self._delivering = False  # a call to the client is under way: what comes meanwhile queues behind it
+        self._verdict: Outcome | Refusal | None = None  # in ENDING: what the client is told at last
+
+    def __repr__(self) -> str:
+        return (
+            f"<ClientConnection {self.number} {self.protocol} {self.state.name} epoch={self.epoch} peer={self.peer} "
+            f"queued={len(self._queue or ())} early={len(self._early or ())} paused={self._paused}>"
+        )
+
+    # Called by the Client
+
+    def send_event(self, event: dict[str, Any]) -> None:
+        if self._client is not None:
+            self.send_encoded(encode_event(event))
+
+    def client_gone(self, event: dict[str, Any]) -> None:
+        self._leave(event, gone=True)
+
+    def finished(self, event: dict[str, Any] | None = None) -> None:
+        self._leave(event, gone=False)
+
+    def pause_delivery(self) -> None:
+        self._paused = True
+
+    def resume_delivery(self) -> None:
+        self._paused = False
+        if self._queue is not None:
+            self._drain()
+
+    def accept_broadcasts(self) -> None:
+        self._accepting = True
+        early, self._early = self._early, None
+        if early is not None:
+            self._counted += len(early)
+            if self._queue is None:
+                self._queue = deque(early)
+            else:
+                # They came before anything that is queued now could have been delivered.
+                self._queue.extendleft(reversed(early))
+            self._drain()
+
+    # Called by Connections: the application side
+
+    @property
+    def is_unclaimed(self) -> bool:
+        return self.state in _UNCLAIMED
+
+    @property
+    def is_alive(self) -> bool:
+        """True while there is a client that may get messages."""
+        return self._client is not None
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of events that wait for the application's window."""
+        return self._outgoing.waiting_bytes
+
+    def move(self, state: State) -> None:
+        assert state in TRANSITIONS[self.state], f"{self!r} cannot become {state.name}"
+        self.state = state
+
+    def count_first_event(self, encoded: bytes) -> None:
+        """The first event travels with the opening and counts against the window like any other."""
+        admitted = self._outgoing.admit(encoded)
+        assert admitted, "the first event of a connection is smaller than any window"
+
+    def claimed(self, peer: str) -> None:
+        """The first claim for this epoch came from ``peer``: it owns the connection now."""
+        self.move(State.OWNED)
+        self.peer = peer
+        self.opening = None
+        self._hub.layer.link_send(peer, build_grant(self.number, self.epoch))
+        if not self._outgoing.is_empty:
+            self.flush()
+
+    def send_encoded(self, encoded: bytes) -> None:
+        """Queue an encoded event for the application and send what the window allows."""
+        if self.state is State.ENDING:
+            return  # nobody receives any more
+        self._outgoing.offer(encoded)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the window and the link allow; stop or resume reading the client accordingly."""
+        outgoing = self._outgoing
+        peer = self.peer
+        if peer is None:
+            is_full = outgoing.waiting_bytes >= UNCLAIMED_BYTES_MAX
+        else:
+            layer = self._hub.layer
+            if layer.link_is_congested(peer):
+                self._hub.wait_for_link(self, peer)
+            else:
+                for frame in outgoing.frames():
+                    layer.link_send(peer, frame)
+            is_full = not outgoing.is_empty
+        client = self._client
+        if is_full:
+            if not self._reading_paused and client is not None:
+                self._reading_paused = True
+                client.pause_reading()
+        elif self._reading_paused:
+            self._reading_paused = False
+            if client is not None:
+                client.resume_reading()
+
+    def credit_received(self, total: int) -> None:
+        try:
+            self._outgoing.credit(total)
+        except FlowControlError as error:
+            self._abandon(error)
+            return
+        if not self._outgoing.is_empty or self._reading_paused:
+            self.flush()
+
+    def event_received(self, kind: int, payload: bytes) -> None:
+        """An EVENT or PIECE of the owner."""
+        try:
+            complete = self._incoming.receive(kind, payload)
+        except FlowControlError as error:
+            self._abandon(error)
+            return
+        if complete is None:
+            self._send_credit(self._incoming.credit_frame())
+        elif self._client is None:
+            self._return_credit(complete[1])  # for an instance that sends on; it must not wait for ever
+        elif self._queue is not None or self._paused or self._delivering:
+            # Not paused and something queued: then a flush is under way already.
+            if self._queue is None:
+                self._queue = deque()
+            self._queue.append((_Held.EVENT, *complete))
+        else:
+            self._deliver_event(*complete)
+            self._drain()
+
+    def receiving(self) -> None:
+        if self._client is not None:
+            self._client.application_receiving()
+
+    def ended(self, verdict: Outcome | Refusal) -> None:
+        """The instance is over, or its worker is; the client is told behind everything that has arrived."""
+        if self._queue is None or self._client is None:
+            self.conclude(verdict)
+        else:
+            self.move(State.ENDING)
+            self._verdict = verdict
+            peer, self.peer = self.peer, None
+            self._hub.left(self, peer)
+
+    def conclude(self, verdict: Outcome | Refusal) -> None:
+        """End the connection now and tell the client, if it still listens."""
+        client, self._client = self._client, None
+        peer, self.peer = self.peer, None
+        self.move(State.OVER)
+        self._discard_held()
+        self._hub.over(self, peer)
+        if client is None:
+            return
+        if isinstance(verdict, Refusal):
+            client.refused(verdict)
+        else:
+            client.application_ended(verdict)
+
+    def dismiss(self, refusal: Refusal) -> None:
+        """End it from our side: the client is refused, and the application, if there is one, gets a disconnect."""
+        client = self._client
+        if client is None:
+            return
+        if self.protocol == "websocket":
+            event = {"type": "websocket.disconnect", "code": refusal.close_code, "reason": refusal.reason}
+        else:
+            event = {"type": "http.disconnect"}
+        self._leave(event, gone=True)
+        client.refused(refusal)
+
+    def shared_event_received(self, shared: Broadcast | dict[str, Any], payload: bytes) -> bool:
+        """An EVENTS frame of the owner names this connection. True: have ``flush_queue`` called in its turn."""
+        try:
+            complete = self._incoming.receive(FrameKind.EVENT, payload)
+        except FlowControlError as error:
+            self._abandon(error)
+            return False
+        assert complete is not None
+        if self._client is None:
+            self._return_credit(complete[1])
+            return False
+        return self._queue_item((_Held.SHARED, shared, complete[1]))
+
+    # Called by Connections, FanOut and BroadcastMemory: messages of groups
+
+    def offer_application_message(self, encoded: bytes) -> bool:
+        """Send a group's message on to the application; False if too many wait for it already."""
+        # Nothing can make the sender wait, so what does not fit into a second window is dropped, as on any
+        # channel that is full.
+        if self._outgoing.waiting_bytes > self._hub.settings.window_bytes:
+            return False
+        self.send_encoded(encoded)
+        return True
+
+    def queue_broadcast(self, broadcast: Broadcast) -> bool:
+        return self._queue_for_group((_Held.BROADCAST, broadcast, max(_HELD_BYTES_MIN, len(broadcast))))
+
+    def queue_group_event(self, event: dict[str, Any], size_bytes: int, *, before_accept: bool) -> bool:
+        """Queue an event that a group sent; ``before_accept``: it does not wait for ``accept_broadcasts``."""
+        item = (_Held.GROUP_EVENT, event, size_bytes)
+        return self._queue_item(item) if before_accept else self._queue_for_group(item)
+
+    def flush_queue(self) -> None:
+        self._flush_wanted = False
+        self._drain()
+
+    def unsent_bytes(self) -> int:
+        return 0 if self._client is None else self._client.buffered_bytes()
+
+    def drop_slow_client(self) -> None:
+        self._hub.dismiss(self, Refusal.SLOW_CLIENT)
+
+    # Delivery to the client
+
+    def _queue_for_group(self, item: _Item) -> bool:
+        if self._accepting:
+            return self._queue_item(item)
+        if self._client is not None:
+            if self._early is None:
+                self._early = []
+            self._early.append(item)
+            self._hub.memory.hold(self, item[2])
+        return False
+
+    def _queue_item(self, item: _Item) -> bool:
+        if self._client is None:
+            return False
+        queue = self._queue
+        if queue is None:
+            queue = self._queue = deque()
+        queue.append(item)
+        if self._paused:
+            self._count_held()
+            return False
+        if self._flush_wanted:
+            return False
+        self._flush_wanted = True
+        return True
+
+    def _count_held(self) -> None:
+        """Count the queued messages of groups as held: the client does not read. May end this connection."""
+        queue = self._queue
+        if queue is None or len(queue) == self._counted:
+            return
+        for held, _, size in islice(queue, self._counted, None):
+            self._counted += 1
+            if held is _Held.BROADCAST or held is _Held.GROUP_EVENT:
+                self._hub.memory.hold(self, size)
+                if self._queue is not queue:
+                    return  # it was too much, and everything is over
+
+    def _drain(self) -> None:
+        """Deliver what is queued until the client pauses. A call from within a delivery leaves it to that one."""
+        queue = self._queue
+        if self._delivering or queue is None:
+            return
+        while queue and not self._paused and (client := self._client) is not None:
+            held, value, size = queue.popleft()
+            is_counted = self._counted > 0
+            if is_counted:
+                self._counted -= 1
+            if held is _Held.EVENT:
+                self._deliver_event(value, size)
+                continue
+            if is_counted and held is not _Held.SHARED:
+                self._hub.memory.release(self, size)
+            self._delivering = True
+            try:
+                if type(value) is dict:
+                    client.application_event(value)
+                else:
+                    client.send_broadcast(value)
+            finally:
+                self._delivering = False
+            if held is _Held.SHARED:
+                self._return_credit(size)
+        if self._queue is not queue:
+            return  # everything is over
+        if queue:
+            self._count_held()
+            return
+        self._queue = None
+        if self.state is State.ENDING:
+            assert self._verdict is not None
+            self.conclude(self._verdict)
+
+    def _deliver_event(self, encoded: bytes, cost: int) -> None:
+        client = self._client
+        assert client is not None
+        try:
+            event = decode_event(encoded)
+        except WireError as error:
+            self._abandon(error)
+            return
+        self._delivering = True
+        try:
+            client.application_event(event)
+        finally:
+            self._delivering = False
+        self._return_credit(cost)
+
+    def _return_credit(self, cost: int) -> None:
+        self._send_credit(self._incoming.consume(cost))
+
+    def _send_credit(self, frame: bytes | None) -> None:
+        if frame is not None and self.peer is not None:
+            self._hub.layer.link_send(self.peer, frame)
+
+    def _abandon(self, error: Exception) -> None:
+        """The worker cannot be understood: it is told to forget the instance, the client is refused."""
+        _LOGGER.error("%r: the worker sent what cannot be read: %s", self, error)
+        if self.peer is not None:
+            self._hub.layer.link_send(self.peer, build_closed(self.number, self.epoch))
+        self.conclude(Refusal.PROTOCOL)
+
+    def _discard_held(self) -> None:
+        """Forget what is held; nobody will take it. The credit of events goes back, their sender may wait for it."""
+        queue, self._queue = self._queue, None
+        early, self._early = self._early, None
+        self._counted = 0
+        if queue is not None:
+            cost = sum(item[2] for item in queue if item[0] is _Held.EVENT or item[0] is _Held.SHARED)
+            if cost:
+                self._return_credit(cost)
+        if queue is not None or early is not None:
+            self._hub.memory.forget(self)
+
+    def _leave(self, event: dict[str, Any] | None, *, gone: bool) -> None:
+        if self._client is None:
+            return
+        self._client = None
+        if self.state is not State.OWNED:
+            # Nobody to tell: not claimed yet (a claim that comes now is answered with CLOSED), or ended already.
+            self.move(State.OVER)
+            self._discard_held()
+            self._hub.over(self, None)
+            return
+        self.move(State.LEAVING)
+        self._discard_held()
+        self._hub.left(self, None)
+        if event is not None:
+            self._outgoing.offer_last(encode_event(event))
+            self.flush()
+            if gone and not self._outgoing.is_empty:
+                assert self.peer is not None
+                self._hub.layer.link_send(self.peer, build_gone(self.number, self.epoch))
