@@ -9,12 +9,14 @@ errors; each adapter does that where it calls the library, with ``raise … from
     InvalidName        the application: not a channel or group name (a TypeError, as Channels raises)
     BrokerUnavailable  the operator: the broker did not answer (a ConnectionError)
     BrokerUnsuitable   the operator: the broker answers, but must not be used (version, eviction policy)
+    BrokerError        the operator: the broker refused one command (rights, memory, a key of another type)
     WireError          nobody at run time: bytes that no release of ours writes
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "BrokerError",
     "BrokerUnavailable",
     "BrokerUnsuitable",
     "ChannelFull",
@@ -61,6 +63,10 @@ class BrokerUnavailable(ChannelLayerError, ConnectionError):
 
 class BrokerUnsuitable(ChannelLayerError):
     """The broker is too old or configured to evict keys; the text says which and what to change."""
+
+
+class BrokerError(ChannelLayerError):
+    """The broker refused a command, with this text; it was not carried out."""
 
 
 class WireError(ChannelLayerError, ValueError):

@@ -1,0 +1,307 @@
+"""Blocking reads of lists, each reader on a connection of its own, that lose nothing when they are cancelled.
+
+Lives here: BLMPOP, ending it early with CLIENT UNBLOCK, returning what came too late to its place, and killing
+connections that were given up, so that no ghost eats the next message. Does not live here: which keys are read
+and what the elements mean (the callers), deadlines (they travel inside the elements).
+
+    DISCONNECTED --pop--> CONNECTING --> READING --answer--> IDLE --pop--> READING …
+         ^                    |            |  +--cancelled--> ENDING --answer, elements pushed back--> IDLE
+         +---- failed, lost --+------------+--------------------+            any --close--> CLOSED
+
+What the broker has popped and answered on a connection that was lost before the answer arrived is lost with it:
+delivery is at most once. Links repair that for connections (DESIGN: "Links"); a normal channel does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any, Final
+
+from channel_layer import scripts
+from channel_layer.broker_connection import (
+    BrokerConnection,
+    CommandCounters,
+    ServerIdentity,
+    open_connection,
+    pack_command,
+)
+from channel_layer.broker_url import BrokerAddress
+from channel_layer.errors import BrokerError, BrokerUnavailable
+
+if TYPE_CHECKING:
+    from channel_layer.broker import Broker
+
+__all__ = ["BlockingReader", "BlockingReaderStatistics", "ReaderState"]
+
+logger = logging.getLogger("trunkline.channel_layer")
+
+# How long one BLMPOP waits at the broker. Also the longest that a ghost could, where it cannot be killed.
+BLOCK_S: Final = 2.0
+
+# How long pop() waits for the command connection before it says that the broker is unavailable, and so the longest
+# time between two tries to connect.
+RECONNECT_WAIT_S: Final = 1.0
+
+# CLIENT UNBLOCK finds nobody blocked while the BLMPOP is still on its way: ask again after this long. Ends after
+# BLOCK_S at the latest, because then the read ends by itself.
+UNBLOCK_AGAIN_S: Final = 0.01
+
+# Least time a list lives after elements were returned to it (push_back.lua); nobody reads it longer without a push.
+PUSH_BACK_EXPIRY_MS: Final = 60_000
+
+
+class ReaderState(Enum):
+    DISCONNECTED = auto()
+    CONNECTING = auto()
+    IDLE = auto()
+    READING = auto()
+    ENDING = auto()  # a cancelled read waits for its answer
+    CLOSED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class BlockingReaderStatistics:
+    state: ReaderState
+    pop_count: int
+    element_count: int
+    cancelled_count: int
+    pushed_back_count: int  # elements
+    lost_count: int  # elements that came after a cancelled read and could not be returned
+    restored_count: int
+    killed_ghost_count: int
+
+
+class _Read:
+    """Takes the answer to one BLMPOP, also when the task that waited for it is gone."""
+
+    __slots__ = ("error", "is_answered", "reply", "waiter")
+
+    def __init__(self, waiter: asyncio.Future[None]) -> None:
+        self.is_answered = False
+        self.reply: Any = None
+        self.error: Exception | None = None
+        self.waiter = waiter
+
+    async def wait(self, timeout_s: float | None) -> None:
+        """Return when the answer is there, or after the timeout."""
+        if not self.is_answered:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self.waiter,), timeout=timeout_s)
+
+    def done(self) -> bool:
+        return False  # the answer is wanted in any case
+
+    def set_result(self, result: Any, /) -> None:
+        self.reply = result
+        self._wake()
+
+    def set_exception(self, exception: Exception, /) -> None:
+        self.error = exception
+        self._wake()
+
+    def _wake(self) -> None:
+        self.is_answered = True
+        if not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class BlockingReader:
+    """Pops elements from lists, waiting for them. Made by Broker.open_reader(); one pop() at a time."""
+
+    def __init__(self, broker: Broker, *, address: BrokerAddress, client_name: str) -> None:
+        self._broker = broker
+        self._address = address
+        self._client_name = client_name
+        self._counters = CommandCounters()
+        self._state = ReaderState.DISCONNECTED
+        self._connection: BrokerConnection | None = None
+        # Whose read was never answered. It may still be blocked at the broker and would eat the next message.
+        self._ghost: ServerIdentity | None = None
+        self._ending: asyncio.Task[None] | None = None  # runs on when a cancelled pop() is cancelled again
+        self._closing: asyncio.Future[None] | None = None  # set by close() while a pop() runs; pop() resolves it
+        self._read: _Read | None = None  # the one outstanding read
+        self._was_connected = False
+        self.restored_count = 0  # grows with each reconnect: what was on its way then may be lost
+        self._pop_count = 0
+        self._element_count = 0
+        self._cancelled_count = 0
+        self._pushed_back_count = 0
+        self._lost_count = 0
+        self._killed_ghost_count = 0
+
+    def __repr__(self) -> str:
+        return f"<BlockingReader {self._client_name} {self._state.name}>"
+
+    def statistics(self) -> BlockingReaderStatistics:
+        return BlockingReaderStatistics(
+            state=self._state,
+            pop_count=self._pop_count,
+            element_count=self._element_count,
+            cancelled_count=self._cancelled_count,
+            pushed_back_count=self._pushed_back_count,
+            lost_count=self._lost_count,
+            restored_count=self.restored_count,
+            killed_ghost_count=self._killed_ghost_count,
+        )
+
+    async def pop(self, keys: Sequence[str], count: int) -> tuple[str, list[bytes]] | None:
+        """Wait up to 2 s for elements of the first of ``keys`` that has any; take ``count`` at most.
+
+        None means that nothing came. Raises BrokerUnavailable when the connection is or gets lost; the next call
+        reconnects, and waits up to 1 s for that. Cancelling ends the read at the broker and returns what came
+        meanwhile to the head of its list, in order, before CancelledError is raised.
+        """
+        while self._ending is not None:
+            await asyncio.shield(self._ending)
+        if self._state in (ReaderState.CONNECTING, ReaderState.READING):
+            raise RuntimeError(f"{self!r}: pop() is already running")
+        if self._state is ReaderState.CLOSED:
+            raise BrokerUnavailable(f"{self!r}")
+        connection = self._connection
+        if connection is None or connection.lost_reason is not None:
+            connection = await self._open()
+        read = self._read = _Read(asyncio.get_running_loop().create_future())
+        self._state = ReaderState.READING
+        self._pop_count += 1
+        connection.send(
+            pack_command(("BLMPOP", f"{BLOCK_S:g}", len(keys), *keys, "LEFT", "COUNT", count)),
+            read,
+        )
+        try:
+            await read.waiter
+        except asyncio.CancelledError:
+            self._cancelled_count += 1
+            await self._end(connection, read)
+            raise
+        if self._closing is not None:
+            await self._end(connection, read)
+            raise BrokerUnavailable(f"{self!r} was closed")
+        self._read = None
+        self._state = ReaderState.IDLE
+        if read.error is not None:
+            if connection.lost_reason is not None:
+                self._lost(connection)
+            raise read.error
+        if read.reply is None:
+            return None
+        key, elements = read.reply
+        self._element_count += len(elements)
+        return key.decode(), elements
+
+    async def close(self) -> None:
+        """Disconnect. A running pop() is ended as if cancelled and raises BrokerUnavailable."""
+        if self._state is ReaderState.CLOSED:
+            return
+        read = self._read
+        if self._state is ReaderState.READING and read is not None:
+            self._closing = asyncio.get_running_loop().create_future()
+            if not read.waiter.done():
+                read.waiter.set_result(None)
+            await self._closing
+        elif self._ending is not None:
+            await asyncio.shield(self._ending)
+        self._state = ReaderState.CLOSED
+        if self._connection is not None:
+            self._connection.give_up(f"{self!r}")
+            self._connection = None
+        self._broker.forget_reader(self)
+
+    # Connecting
+
+    async def _open(self) -> BrokerConnection:
+        self._state = ReaderState.CONNECTING
+        connection: BrokerConnection | None = None
+        try:
+            # First the command connection: it has the checks, it paces the tries, and it kills the ghost.
+            await self._broker.wait_reachable(RECONNECT_WAIT_S)
+            connection = await open_connection(
+                self._address,
+                client_name=self._client_name,
+                loop=asyncio.get_running_loop(),
+                silence_timeout_s=BLOCK_S + self._address.socket_timeout_s,
+                counters=self._counters,
+            )
+            await self._kill_ghost()
+            if self._state is not ReaderState.CONNECTING:  # close() came in between
+                raise BrokerUnavailable(f"{self!r}")
+            if connection.lost_reason is not None:
+                raise connection.lost_reason
+        except BaseException:
+            if connection is not None:
+                connection.give_up(f"{self!r}: connecting ended")
+            if self._state is ReaderState.CONNECTING:
+                self._state = ReaderState.DISCONNECTED
+            raise
+        if self._was_connected:
+            self.restored_count += 1
+        self._was_connected = True
+        self._connection = connection
+        return connection
+
+    async def _kill_ghost(self) -> None:
+        ghost = self._ghost
+        if ghost is None:
+            return
+        # After a restart of the broker there is no ghost, and its number may be somebody else's.
+        if ghost.run_id == self._broker.run_id:
+            self._killed_ghost_count += await self._broker.call("CLIENT", "KILL", "ID", ghost.client_id)
+        self._ghost = None
+
+    def _lost(self, connection: BrokerConnection) -> None:
+        self._ghost = connection.server
+        self._connection = None
+        self._state = ReaderState.DISCONNECTED
+
+    # Ending a read
+
+    async def _end(self, connection: BrokerConnection, read: _Read) -> None:
+        self._state = ReaderState.ENDING
+        self._ending = asyncio.get_running_loop().create_task(self._end_read(connection, read))
+        await asyncio.shield(self._ending)
+
+    async def _end_read(self, connection: BrokerConnection, read: _Read) -> None:
+        try:
+            await self._unblock(connection, read)
+            if read.error is None and read.reply is not None:
+                await self._push_back(*read.reply)
+        finally:
+            self._read = None
+            self._ending = None
+            if connection.lost_reason is not None or not read.is_answered:
+                connection.give_up(f"{self!r}: a cancelled read was not answered")
+                self._lost(connection)
+            else:
+                self._state = ReaderState.IDLE
+            if self._closing is not None and not self._closing.done():
+                self._closing.set_result(None)
+
+    async def _unblock(self, connection: BrokerConnection, read: _Read) -> None:
+        """Wait for the answer to ``read``, and see that it comes now."""
+        server = connection.server
+        assert server is not None
+        while not read.is_answered:
+            if server.run_id != self._broker.run_id:
+                return  # the broker's number of this client means nothing to the one that answers commands now
+            try:
+                unblocked = await self._broker.call("CLIENT", "UNBLOCK", server.client_id)
+            except (BrokerUnavailable, BrokerError) as error:
+                logger.warning("%r: cannot end a read: %s", self, error)
+                return
+            # 1: the answer is on its way, and the silence timeout watches it. 0: not blocked yet, or just answered.
+            await read.wait(None if unblocked else UNBLOCK_AGAIN_S)
+
+    async def _push_back(self, key: bytes, elements: list[bytes]) -> None:
+        try:
+            await self._broker.wait_reachable(RECONNECT_WAIT_S)
+            await self._broker.script(scripts.PUSH_BACK, (key.decode(),), (PUSH_BACK_EXPIRY_MS, *elements))
+        except (BrokerUnavailable, BrokerError) as error:
+            # Not tried again: it may have been carried out, and then the messages would come twice.
+            self._lost_count += len(elements)
+            logger.error("%d messages of %s were lost: a cancelled read could not return them: %s",
+                         len(elements), key.decode(), error)  # fmt: skip
+        else:
+            self._pushed_back_count += len(elements)
