@@ -23,6 +23,8 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, ClassVar, Final
 
+from channel_layer.connection import PIECE_BYTES_MAX
+
 __all__ = [
     "BODY_EVENT_BYTES_MAX",
     "TRANSITIONS",
@@ -36,9 +38,9 @@ __all__ = [
 
 Event = dict[str, Any]
 
-# A larger body leaves as several events, so that one send() of any size moves through the window. With its keys
-# such an event stays below 64 KiB, the size above which connection.py would cut it once more.
-BODY_EVENT_BYTES_MAX: Final = 64 * 1024 - 256
+# A larger body leaves as several events, so that one send() of any size moves through the window and the client
+# gets its first bytes before the last are encoded. With its keys such an event still fits one frame.
+BODY_EVENT_BYTES_MAX: Final = PIECE_BYTES_MAX
 
 
 class InvalidEvent(RuntimeError):

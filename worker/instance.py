@@ -1,0 +1,531 @@
+"""One running call of the application for one client connection.
+
+An ``Instance`` stands between the frames of a link and the ``scope``, ``receive()`` and ``send()`` of the
+application. It keeps the order of events, waits for credit, and decides when ``send()`` fails and when the call is
+cancelled. Which connections there are, and which frame is for which, is process.py's business; what an application
+may send is events.py's.
+
+    CLAIMED --start()--> RUNNING --the call is over--> FINISHING --its events have left--> ENDED
+       +---- refused() ------------------------------------------------------------------> ENDED
+
+Safe HTTP methods start with the claim, everything else with the grant (process.py calls ``start()``). While
+FINISHING, what the application sent still waits for the client to read it; END follows it.
+
+What the other side may do at any time:
+
+    GONE    send() fails from now on; events may still follow, and LAST does
+    LAST    the disconnect event: receive() returns it, behind the events before it, for ever
+    CLOSED, or the end of the link: both at once, and nothing is answered any more
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from types import CodeType
+from typing import Any, Final, Protocol
+
+from channel_layer.codec import decode_event, encode_event
+from channel_layer.connection import IncomingEvents, OutgoingEvents
+from channel_layer.frames import FrameKind, Outcome, build_end, build_receiving
+from channel_layer.openings import Opening
+from worker.application import Application, Scope
+from worker.events import ClientDisconnected, HttpEvents, SentEvents, State, WebSocketEvents
+
+__all__ = ["Instance", "InstanceStatistics", "Link", "Phase", "describe_wait"]
+
+logger = logging.getLogger("trunkline.worker")
+
+# Enough to see which line of the application called which library; a whole chain through middleware is a page.
+_WAIT_FRAMES_SHOWN: Final = 4
+
+# RFC 9110 section 9.2.1, without TRACE, which no server of ours passes on.
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class Link(Protocol):
+    """What an instance needs of base.ProcessLayer."""
+
+    def link_send(self, peer: str, frame: bytes) -> None: ...
+
+    def link_is_congested(self, peer: str) -> bool: ...
+
+
+class Phase(Enum):
+    CLAIMED = "claimed"
+    RUNNING = "running"
+    FINISHING = "finishing"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceStatistics:
+    phase: Phase
+    granted: bool
+    sent: State  # how far the application has answered
+    arrived_count: int  # events that wait for receive()
+    unsent_count: int  # calls of send() that wait for credit
+    unsent_bytes: int  # of encoded events that wait for credit
+
+
+class _Sending:
+    """One call of send() whose events have not all left."""
+
+    __slots__ = ("events", "waiter")
+
+    def __init__(self, events: Iterator[dict[str, Any]], waiter: asyncio.Future[None] | None) -> None:
+        self.events = events
+        self.waiter = waiter  # None: nobody waits for these
+
+
+class Instance:
+    """See the module's docstring. Used on the worker's loop only; ``ended`` is called once, at the very end."""
+
+    __slots__ = (
+        "__weakref__",
+        "_application",
+        "_arrived",
+        "_close_timeout_s",
+        "_close_timer",
+        "_context",
+        "_disconnect",
+        "_ended",
+        "_incoming",
+        "_is_cancelled",
+        "_is_held",
+        "_is_shut_down",
+        "_link",
+        "_loop",
+        "_outcome",
+        "_outgoing",
+        "_receivers",
+        "_refusal",
+        "_sent",
+        "_task",
+        "_tell_receiving",
+        "_unsent",
+        "connection",
+        "epoch",
+        "granted",
+        "is_safe",
+        "peer",
+        "phase",
+        "protocol",
+        "reply_channel",
+        "scope",
+    )
+
+    def __init__(
+        self,
+        opening: Opening,
+        *,
+        application: Application,
+        link: Link,
+        loop: asyncio.AbstractEventLoop,
+        window_bytes: int,
+        close_timeout_s: float,
+        ended: Callable[[Instance], None],
+        context: contextvars.Context | None = None,
+    ) -> None:
+        """Raises FlowControlError or WireError if the first event of the opening is not one."""
+        self.peer = opening.interface
+        self.connection = opening.connection
+        self.epoch = opening.epoch
+        self.reply_channel = opening.reply_channel
+        self.scope: Scope = opening.scope
+        self.protocol: str = opening.scope["type"]
+        self.is_safe = self.protocol == "http" and opening.scope.get("method") in SAFE_METHODS
+        self.phase = Phase.CLAIMED
+        self.granted = False
+
+        self._application = application
+        self._link = link
+        self._loop = loop
+        self._context = context
+        self._ended = ended
+        self._close_timeout_s = close_timeout_s
+        self._task: asyncio.Task[None] | None = None
+        self._close_timer: asyncio.TimerHandle | None = None
+        self._outcome: Outcome | None = None  # set when the call is over
+        self._is_cancelled = False  # by us: so its CancelledError is no error
+        self._is_shut_down = False  # the worker stops
+        self._is_held = True  # False: the interface server holds this connection no more, nothing is answered
+
+        # Towards the application. Lists, not deques: 20,000 idle WebSockets would hold 12 MB of empty deques, and
+        # the window bounds the list to some thousand entries, of which pop(0) costs half a microsecond.
+        self._incoming = IncomingEvents(self.connection, self.epoch, window_bytes)
+        self._arrived: list[tuple[dict[str, Any], int]] = []  # bounded by the window; full: the peer sends no more
+        self._disconnect: dict[str, Any] | None = None  # the last event, from then on receive() returns copies of it
+        self._receivers: list[asyncio.Future[None]] = []  # one for each receive() that waits
+        self._tell_receiving = opening.tell_receiving
+
+        # Towards the client. ``_outgoing`` holds encoded events beyond the credit, one call's at most; further
+        # calls of send() wait in ``_unsent``, one entry each: the application bounds them by awaiting.
+        self._sent: SentEvents = HttpEvents() if self.protocol == "http" else WebSocketEvents()
+        self._outgoing = OutgoingEvents(self.connection, self.epoch, window_bytes)
+        self._unsent: list[_Sending] = []
+        self._refusal: str | None = None  # why send() raises ClientDisconnected
+
+        if opening.first_event is not None:
+            self.event_received(FrameKind.EVENT, opening.first_event)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Instance {self.describe()} {self.peer}!{self.connection} epoch {self.epoch} {self.phase.value}"
+            f"{'' if self.granted else ', not granted'}, {self._sent.state.name}>"
+        )
+
+    def statistics(self) -> InstanceStatistics:
+        return InstanceStatistics(
+            phase=self.phase,
+            granted=self.granted,
+            sent=self._sent.state,
+            arrived_count=len(self._arrived),
+            unsent_count=len(self._unsent),
+            unsent_bytes=self._outgoing.waiting_bytes,
+        )
+
+    def describe(self) -> str:
+        """The connection in words, for log lines: ``POST /upload``."""
+        return f"{self.scope.get('method', 'WebSocket')} {self.scope.get('path', '')}"
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """The running call, while there is one."""
+        return self._task
+
+    # Told by the process
+
+    def start(self) -> None:
+        """Call the application."""
+        if self.phase is not Phase.CLAIMED:
+            return
+        self.phase = Phase.RUNNING
+        name = f"{self.protocol} {self.peer}!{self.connection}"
+        # A context of its own for each instance (a copy), whichever frame happened to start it.
+        context = self._context.copy() if self._context is not None else None
+        self._task = self._loop.create_task(self._run(), name=name, context=context)
+
+    def event_received(self, kind: int, payload: bytes) -> None:
+        """An EVENT or PIECE frame came. Raises FlowControlError, WireError: then the connection is to be given up."""
+        if self.phase is Phase.FINISHING:
+            return  # nobody will receive it, and END tells the interface server so
+        complete = self._incoming.receive(kind, payload)
+        if complete is None:
+            credit = self._incoming.credit_frame()
+            if credit is not None and self._is_held:
+                self._link.link_send(self.peer, credit)
+            return
+        encoded, cost_bytes = complete
+        self._arrived.append((decode_event(encoded), cost_bytes))
+        self._wake_receivers()
+
+    def last_received(self, payload: bytes) -> None:
+        """A LAST frame came. Raises FlowControlError, WireError."""
+        if self.phase is not Phase.FINISHING:
+            self._incoming.receive(FrameKind.LAST, payload)
+        self._disconnected(decode_event(payload), "the client has disconnected")
+
+    def client_gone(self) -> None:
+        """A GONE frame came."""
+        self._refuse_sends("the client has disconnected")
+
+    def credit_received(self, total_bytes: int) -> None:
+        """A CREDIT frame came. Raises FlowControlError."""
+        self._outgoing.credit(total_bytes)
+        self._pump()
+
+    def link_ready(self) -> None:
+        """The link has room again."""
+        self._pump()
+
+    def refused(self, reason: str) -> None:
+        """The connection is not ours: CLOSED came, the link ended, or no grant came in time.
+
+        An application that was started on the claim alone is cancelled at once; one that had the connection gets
+        its disconnect and ``close_timeout_s``.
+        """
+        self._is_held = False
+        if self.phase is Phase.CLAIMED:
+            self._end()
+            return
+        self._disconnected(self._abnormal_disconnect(), reason)
+        if not self.granted:
+            self.cancel()
+
+    def shut_down(self) -> None:
+        """The worker stops: a WebSocket is closed with 1012 and its application gets the disconnect.
+
+        Nothing happens to a running HTTP request; ``cancel()`` ends it at the deadline.
+        """
+        if self.protocol != "websocket" or self._is_shut_down or self.phase is not Phase.RUNNING:
+            return
+        self._is_shut_down = True
+        if self._sent.state is State.OPEN and self._refusal is None:
+            # In order behind what the application has sent, within the client's credit. Where a slow client leaves
+            # none, the end of the link closes the WebSocket, with 1012, too.
+            close = self._sent.apply({"type": "websocket.close", "code": 1012, "reason": "the worker stops"})
+            self._unsent.append(_Sending(iter(close), None))
+            self._pump()
+        if self._refusal is None:
+            self._refusal = "the worker stops"
+        self._set_disconnect({"type": "websocket.disconnect", "code": 1012, "reason": ""})
+
+    def cancel(self, log: str | None = None) -> None:
+        """Cancel the call; ``log`` says why in a line that also tells where the application waited."""
+        self._drop_close_timer()
+        if self._task is None or self._task.done():
+            return
+        if log is not None:
+            logger.warning(
+                "%s: %s; it is cancelled, it waited at %s", self.describe(), log, describe_wait(self._task)
+            )
+        self._is_cancelled = True
+        self._task.cancel()
+
+    # Called by the application
+
+    async def receive(self) -> dict[str, Any]:
+        """Wait for the next event. A cancelled call leaves the event to the next one.
+
+        After the end of the connection, and after a complete HTTP response, it returns the disconnect event,
+        however often it is called.
+        """
+        if self._tell_receiving:
+            self._tell_receiving = False
+            if self._is_held:
+                self._link.link_send(self.peer, build_receiving(self.connection, self.epoch))
+        while True:
+            if self._sent.state is State.COMPLETE:
+                # ASGI, "Disconnect": also when receive() is called after the response has been sent.
+                return {"type": "http.disconnect"}
+            if self._arrived:
+                event, cost_bytes = self._arrived.pop(0)
+                credit = self._incoming.consume(cost_bytes)
+                if credit is not None and self._is_held and self._disconnect is None:
+                    self._link.link_send(self.peer, credit)
+                return event
+            if self._disconnect is not None:
+                return dict(self._disconnect)
+            # A response of which only the start was sent, by an application that waits: it may mean to send its
+            # body from elsewhere, through a group. So the client gets the head now.
+            self._release_start()
+            receiver = self._loop.create_future()
+            self._receivers.append(receiver)
+            try:
+                await receiver
+            finally:
+                if receiver in self._receivers:
+                    self._receivers.remove(receiver)
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        """Send one event to the client; return when it is within the client's window and the link has room.
+
+        Calls from several tasks keep their order. What a cancelled call had to send is sent all the same. Raises
+        InvalidEvent for what ASGI does not allow, ClientDisconnected (an OSError) when the client is gone.
+        """
+        sent = self._sent
+        if self._refusal is not None and sent.state is not State.COMPLETE:
+            raise ClientDisconnected(self._refusal)
+        events = sent.apply(message)
+        if self._receivers:
+            if sent.state is State.COMPLETE:
+                self._wake_receivers()
+            elif not events:
+                self._release_start()
+        if not events:  # a held http.response.start, or what follows a complete response
+            return
+        rest = iter(events)
+        if not self._unsent and self._let_leave(rest):
+            return
+        waiter = self._loop.create_future()
+        self._unsent.append(_Sending(rest, waiter))
+        await waiter
+
+    # Inside
+
+    async def _run(self) -> None:
+        outcome = Outcome.RAISED
+        try:
+            await self._application(self.scope, self.receive, self.send)
+            outcome = Outcome.RETURNED
+            self._report_incomplete()
+        except GeneratorExit:
+            raise  # the loop is torn down; there is nobody left to tell
+        except asyncio.CancelledError as error:
+            if self._is_cancelled:
+                outcome = Outcome.CANCELLED
+            else:
+                self._report(error)
+        except BaseException as error:  # sys.exit() in a view ends the view, not the worker
+            self._report(error)
+        self._application_ended(Outcome.CANCELLED if self._is_shut_down else outcome)
+
+    def _application_ended(self, outcome: Outcome) -> None:
+        self.phase = Phase.FINISHING
+        self._outcome = outcome
+        self._task = None
+        self._drop_close_timer()
+        self._arrived.clear()
+        # Another task of the application may still wait in receive().
+        self._set_disconnect(self._abnormal_disconnect())
+        self._pump()
+
+    def _let_leave(self, events: Iterator[dict[str, Any]]) -> bool:
+        """Let events leave while there is credit and the link has room; True when all have left."""
+        link, peer, outgoing = self._link, self.peer, self._outgoing
+        while not link.link_is_congested(peer):
+            if not outgoing.is_empty:
+                for frame in outgoing.frames():
+                    link.link_send(peer, frame)
+                if not outgoing.is_empty:
+                    return False  # until credit_received()
+            event = next(events, None)
+            if event is None:
+                return True
+            outgoing.offer(encode_event(event))
+        return False  # until link_ready()
+
+    def _pump(self) -> None:
+        while self._unsent:
+            sending = self._unsent[0]
+            if not self._let_leave(sending.events):
+                return
+            del self._unsent[0]
+            if sending.waiter is not None and not sending.waiter.done():
+                sending.waiter.set_result(None)
+        if self.phase is Phase.FINISHING:
+            self._end()
+
+    def _release_start(self) -> None:
+        start = self._sent.release_start()
+        if start is not None and self._refusal is None:
+            self._unsent.append(_Sending(iter((start,)), None))
+            self._pump()
+
+    def _disconnected(self, event: dict[str, Any], reason: str) -> None:
+        self._set_disconnect(event)
+        self._refuse_sends(reason)
+
+    def _set_disconnect(self, event: dict[str, Any]) -> None:
+        if self._disconnect is None:
+            self._disconnect = event
+            self._wake_receivers()
+
+    def _refuse_sends(self, reason: str) -> None:
+        if self._refusal is None:
+            self._refusal = reason
+        # What has not left has nobody to go to.
+        unsent, self._unsent = self._unsent, []
+        for sending in unsent:
+            if sending.waiter is not None and not sending.waiter.done():
+                sending.waiter.set_exception(ClientDisconnected(reason))
+        if self.phase is Phase.FINISHING:
+            self._end()
+        elif (
+            self.phase is Phase.RUNNING
+            and self._close_timer is None
+            # What an application does behind a complete response (Starlette's BackgroundTasks) is not the client's.
+            and self._sent.state is not State.COMPLETE
+            and not math.isinf(self._close_timeout_s)
+        ):
+            self._close_timer = self._loop.call_later(self._close_timeout_s, self._close_timed_out)
+
+    def _close_timed_out(self) -> None:
+        self._close_timer = None
+        self.cancel(f"the application did not return within {self._close_timeout_s:g} s after {self._refusal}")
+
+    def _drop_close_timer(self) -> None:
+        if self._close_timer is not None:
+            self._close_timer.cancel()
+            self._close_timer = None
+
+    def _wake_receivers(self) -> None:
+        # All of them: which one gets the event is decided when they run, so a cancelled one loses nothing.
+        for receiver in self._receivers:
+            if not receiver.done():
+                receiver.set_result(None)
+
+    def _abnormal_disconnect(self) -> dict[str, Any]:
+        if self.protocol == "http":
+            return {"type": "http.disconnect"}
+        # RFC 6455 section 7.1.5: 1006 where no close frame was received.
+        return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
+
+    def _end(self) -> None:
+        self.phase = Phase.ENDED
+        if self._is_held and self._outcome is not None:
+            self._link.link_send(self.peer, build_end(self.connection, self.epoch, self._outcome))
+        self._ended(self)
+
+    def _report_incomplete(self) -> None:
+        if self._refusal is not None:
+            return
+        if self._sent.state in (State.WAITING, State.STARTED):
+            logger.error("%s: the application returned, but %s", self.describe(), self._sent.state.value)
+        elif self._sent.state is State.CONNECTING:
+            logger.error("%s: the application returned without accepting or closing the WebSocket", self.describe())
+
+    def _report(self, error: BaseException) -> None:
+        if _is_disconnect(error):
+            return  # ASGI, "Disconnected Client - send exception": not to be logged as an error
+        if self._refusal is not None and _follows_disconnect(error):
+            # Starlette answers our error with its ClientDisconnect. Nobody needs a traceback for each client
+            # that leaves; a fault in the application's cleanup is still told.
+            logger.info("%s: %s, and the application ended with %r", self.describe(), self._refusal, error)
+            return
+        trace = error.__traceback__
+        shown = trace.tb_next if trace is not None and trace.tb_next is not None else trace  # without _run()
+        logger.error("Exception in ASGI application, %s", self.describe(), exc_info=(type(error), error, shown))
+
+
+def _is_disconnect(error: BaseException) -> bool:
+    """True for ClientDisconnected, and for a group of nothing else (anyio and asyncio task groups make them)."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(ClientDisconnected)[1] is None
+    return isinstance(error, ClientDisconnected)
+
+
+def _follows_disconnect(error: BaseException) -> bool:
+    """True if the error was raised while a ClientDisconnected was handled."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if _is_disconnect(current):
+            return True
+        waiting += (current.__cause__, current.__context__)
+    return False
+
+
+def describe_wait(task: asyncio.Task[Any]) -> str:
+    """Where a task waits: the innermost frames that its chain of awaits leads to, outermost first.
+
+    Task.get_stack() shows the outermost coroutine only, which is ours.
+    """
+    places: list[str] = []
+    awaited: Any = task.get_coro()
+    while awaited is not None:
+        frame = (
+            getattr(awaited, "cr_frame", None)
+            or getattr(awaited, "gi_frame", None)
+            or getattr(awaited, "ag_frame", None)
+        )
+        if frame is not None and frame.f_code is not Instance._run.__code__:
+            code: CodeType = frame.f_code
+            places.append(f"{code.co_filename}:{frame.f_lineno} in {code.co_name}")
+        awaited = _first_attribute(awaited, "cr_await", "gi_yieldfrom", "ag_await")
+    return " > ".join(places[-_WAIT_FRAMES_SHOWN:]) or "its beginning"
+
+
+def _first_attribute(value: object, *names: str) -> Any:
+    """The first of these attributes that is there and not None: coroutines, generators and async ones differ."""
+    return next((found for name in names if (found := getattr(value, name, None)) is not None), None)
