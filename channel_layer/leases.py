@@ -1,0 +1,232 @@
+"""The lease of this process: a key that says it is alive, kept by a thread of its own.
+
+A thread with its own connection, because a process whose loop is blocked by the application is slow, not dead: its
+lease must not depend on the loop. Does not live here: watching the leases of others (liveness.py).
+
+    start() --> renewing every period_s --stop()--> over (the key deleted, or left to expire)
+
+To say more in a lease: a field of Lease; decode_lease() takes values with more fields than it knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import hiredis
+import msgpack
+
+from channel_layer.broker_connection import Argument, pack_command
+from channel_layer.broker_url import BrokerAddress, parse_broker_url
+from channel_layer.errors import BrokerError, BrokerUnavailable, WireError
+
+__all__ = ["Lease", "LeaseKeeper", "LeaseStatistics", "decode_lease", "encode_lease"]
+
+logger = logging.getLogger("trunkline.channel_layer")
+
+# One renewal, connecting included. Shorter than the lease lives without renewal, so that one try that hangs does
+# not cost the lease; the tries after it are at most a period apart.
+RENEWAL_TIMEOUT_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """What a process says about itself. ``load`` is what it runs now, of the ``room`` it has."""
+
+    role: str
+    version: str
+    load: int = 0
+    room: int = 0
+
+
+def encode_lease(lease: Lease) -> bytes:
+    encoded: bytes = msgpack.packb([lease.role, lease.version, lease.load, lease.room])
+    return encoded
+
+
+def decode_lease(value: bytes) -> Lease:
+    """Decode the value of a lease. Raises WireError for anything no release writes."""
+    try:
+        fields = msgpack.unpackb(value)
+    except Exception as error:  # msgpack raises half a dozen unrelated types
+        raise WireError(f"lease of {len(value)} bytes is not msgpack: {error}") from error
+    if not isinstance(fields, list) or [type(field) for field in fields[:4]] != [str, str, int, int]:
+        raise WireError(f"lease is not an array of role, version, load and room: {fields!r:.80}")
+    role, version, load, room = fields[:4]
+    return Lease(role=role, version=version, load=load, room=room)
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseStatistics:
+    is_running: bool
+    renewal_count: int
+    outage_count: int
+    last_renewed: float | None
+
+
+class LeaseKeeper:
+    """Renews ``key`` from a daemon thread. Any thread may call its methods; stop() blocks, renewals never do.
+
+    It does not survive a fork: a child is another process and has another id and lease.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str,
+        value: bytes,
+        *,
+        period_s: float = 0.5,
+        ttl_s: float = 2.5,
+        on_outage: Callable[[Exception], None] | None = None,
+    ) -> None:
+        """``on_outage`` is called on the thread, once per outage; without it the outage is logged.
+
+        Raises ValueError for a bad URL.
+        """
+        self._connection = _LeaseConnection(parse_broker_url(url))
+        self._key = key
+        self._value = value  # replaced as a whole by update(); read once per renewal
+        self._period_s = period_s
+        self._ttl_ms = int(ttl_s * 1000)
+        self._on_outage = on_outage if on_outage is not None else self._log_outage
+        self._thread: threading.Thread | None = None
+        self._is_stopping = threading.Event()
+        self._drop = False
+        self._renewal_count = 0
+        self._outage_count = 0
+        # When the last successful renewal was *sent*, monotonic: the lease lives at least ttl_s from then.
+        self.last_renewed: float | None = None
+
+    def __repr__(self) -> str:
+        state = "running" if self._thread is not None and self._thread.is_alive() else "not running"
+        return f"<LeaseKeeper {self._key} {state}, {self._renewal_count} renewals>"
+
+    def statistics(self) -> LeaseStatistics:
+        return LeaseStatistics(
+            is_running=self._thread is not None and self._thread.is_alive(),
+            renewal_count=self._renewal_count,
+            outage_count=self._outage_count,
+            last_renewed=self.last_renewed,
+        )
+
+    def start(self) -> None:
+        """Take up the lease. The first renewal is on its way when this returns, not necessarily done."""
+        if self._thread is not None:
+            raise RuntimeError(f"{self!r} was started before")
+        self._thread = threading.Thread(target=self._run, name=f"lease {self._key}", daemon=True)
+        self._thread.start()
+
+    def update(self, value: bytes) -> None:
+        """Have the next renewal write this value."""
+        self._value = value
+
+    def stop(self, drop: bool = True, timeout_s: float = RENEWAL_TIMEOUT_S) -> None:
+        """End the renewals and, with ``drop``, delete the lease; wait for that up to ``timeout_s``.
+
+        Without ``drop``, or if the broker does not answer in time, the lease ends by expiring.
+        """
+        thread = self._thread
+        if thread is None:
+            return
+        self._drop = drop
+        self._is_stopping.set()
+        thread.join(timeout_s)
+
+    # On the thread
+
+    def _run(self) -> None:
+        is_outage = False
+        next_renewal = time.monotonic()
+        while not self._is_stopping.is_set():
+            started = time.monotonic()
+            try:
+                self._connection.execute("SET", self._key, self._value, "PX", self._ttl_ms)
+            except (BrokerError, OSError) as error:
+                if not is_outage:
+                    is_outage = True
+                    self._outage_count += 1
+                    self._on_outage(error)
+            else:
+                is_outage = False
+                self.last_renewed = started
+                self._renewal_count += 1
+            # From schedule to schedule, so that the time a renewal takes does not add up; but a process that was
+            # stopped for a minute renews once, not a hundred times.
+            next_renewal = max(next_renewal + self._period_s, time.monotonic() - self._period_s)
+            self._is_stopping.wait(max(0.0, next_renewal - time.monotonic()))
+        try:
+            if self._drop and not is_outage:
+                self._connection.execute("DEL", self._key)
+        except (BrokerError, OSError) as error:
+            logger.warning("lease %s could not be dropped, it expires: %s", self._key, error)
+        finally:
+            self._connection.close()
+
+    def _log_outage(self, error: Exception) -> None:
+        logger.warning("lease %s cannot be renewed at %s: %s", self._key, self._connection, error)
+
+
+class _LeaseConnection:
+    """A blocking connection for one command at a time; execute() connects if it has to, and never tries twice."""
+
+    def __init__(self, address: BrokerAddress) -> None:
+        self._address = address
+        self._socket: socket.socket | None = None
+        self._reader = hiredis.Reader()
+
+    def __str__(self) -> str:
+        return str(self._address)
+
+    def execute(self, *args: Argument) -> Any:
+        """Raises OSError (TimeoutError, BrokerUnavailable) after which it is disconnected; BrokerError."""
+        deadline = time.monotonic() + RENEWAL_TIMEOUT_S
+        try:
+            if self._socket is None:
+                self._connect(deadline)
+            return self._exchange(args, deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _connect(self, deadline: float) -> None:
+        address = self._address
+        if address.path is not None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._socket.settimeout(RENEWAL_TIMEOUT_S)
+            self._socket.connect(address.path)
+        else:
+            self._socket = socket.create_connection((address.host, address.port), timeout=RENEWAL_TIMEOUT_S)
+            if address.ssl_context is not None:
+                self._socket = address.ssl_context.wrap_socket(self._socket, server_hostname=address.host)
+        self._reader = hiredis.Reader()
+        if address.username is not None or address.password is not None:
+            user = () if address.username is None else (address.username,)
+            self._exchange(("AUTH", *user, address.password or ""), deadline)
+        if address.db:
+            self._exchange(("SELECT", address.db), deadline)
+
+    def _exchange(self, args: tuple[Argument, ...], deadline: float) -> Any:
+        assert self._socket is not None
+        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+        self._socket.sendall(pack_command(args))
+        # None of the answers here is False, which is what hiredis returns while there is none.
+        while (reply := self._reader.gets()) is False:
+            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self._socket.recv(65536)
+            if not data:
+                raise BrokerUnavailable(f"connection to broker {self} was closed by the broker")
+            self._reader.feed(data)
+        if isinstance(reply, hiredis.ReplyError):
+            raise BrokerError(str(reply))
+        return reply
