@@ -73,7 +73,7 @@ class Input(Enum):
     RETURNED = "the application returned"
     RAISED = "the application raised"
     CANCELLED = "the application was cancelled"
-    REFUSED = "no application takes or keeps the connection"
+    REFUSED = "no application takes or keeps the connection, or this server stops"
     # From the client. FAULT: what RFC 6455 forbids, or a message larger than we take.
     MESSAGE = "message"
     PING = "ping"
@@ -82,7 +82,6 @@ class Input(Enum):
     LOST = "the socket is gone"
     # From ourselves.
     TIMED_OUT = "the deadline of this state has passed"
-    SHUTDOWN = "this server stops"
 
 
 _EVENTS: Final = {
@@ -104,7 +103,6 @@ TRANSITIONS: Final[Mapping[tuple[State, Input], State]] = {
     (State.CONNECTING, Input.REFUSED): State.CLOSED,  # 502 or 503
     (State.CONNECTING, Input.LOST): State.CLOSED,
     (State.CONNECTING, Input.TIMED_OUT): State.CLOSED,  # 504
-    (State.CONNECTING, Input.SHUTDOWN): State.CLOSED,  # 503
     (State.OPEN, Input.ACCEPT): State.OPEN,  # dropped
     (State.OPEN, Input.SEND): State.OPEN,
     (State.OPEN, Input.CLOSE): State.CLOSING,
@@ -119,7 +117,6 @@ TRANSITIONS: Final[Mapping[tuple[State, Input], State]] = {
     (State.OPEN, Input.FAULT): State.CLOSED,  # RFC 6455 section 7.1.7: no Close is awaited after a failure
     (State.OPEN, Input.LOST): State.CLOSED,
     (State.OPEN, Input.TIMED_OUT): State.CLOSED,  # the ping timeout
-    (State.OPEN, Input.SHUTDOWN): State.CLOSING,  # 1012
     (State.CLOSING, Input.ACCEPT): State.CLOSING,  # late, as all events of the application from here on
     (State.CLOSING, Input.SEND): State.CLOSING,
     (State.CLOSING, Input.CLOSE): State.CLOSING,
@@ -134,7 +131,6 @@ TRANSITIONS: Final[Mapping[tuple[State, Input], State]] = {
     (State.CLOSING, Input.FAULT): State.CLOSED,
     (State.CLOSING, Input.LOST): State.CLOSED,
     (State.CLOSING, Input.TIMED_OUT): State.CLOSED,  # the close timeout
-    (State.CLOSING, Input.SHUTDOWN): State.CLOSING,
     **{(State.CLOSED, input_): State.CLOSED for input_ in Input},
 }
 
@@ -162,17 +158,19 @@ class Deliver(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """The application's part is over: tell its connection, ``event`` is the last one.
-
-    ``client_gone``: the end did not come from the application itself, its ``send()`` shall fail from now on.
-    """
+    """The application's part is over: tell its connection; ``event``, the disconnect, is the last one."""
 
     event: dict[str, Any]
-    client_gone: bool
 
 
 class Finish(NamedTuple):
-    """Nothing more will be written: flush, close the socket, ignore what still comes."""
+    """Nothing more will be written: flush, close the socket, ignore what still comes.
+
+    ``linger``: the client may still be sending. Closing a socket with unread data resets it, and the client would
+    lose our last words; so its end is awaited (RFC 9112 section 9.6), until the deadline.
+    """
+
+    linger: bool
 
 
 class Abort(NamedTuple):
@@ -230,8 +228,8 @@ class WebSocketSession:
                 return (Write(build_frame(*message)),)
         elif kind is Input.CLOSE:
             if state is State.CONNECTING:
-                return self._refuse(403, client_gone=False)
-            return self._close(*_close_fields(event), client_gone=False)
+                return self._refuse(403)
+            return self._close(*_close_fields(event))
         elif kind is Input.ACCEPT and state is State.CONNECTING:
             return self._accept(event)
         self.dropped_count += 1
@@ -293,15 +291,15 @@ class WebSocketSession:
         if state is State.OPEN:
             # Section 5.5.1: typically the status code is echoed; the reason is not, it was the client's.
             told = self._tell(1005 if code is None else code, reason)
-            return (Write(build_close(code)), told, Finish())
-        return (Finish(),) if state is State.CLOSING else _NOTHING
+            return (Write(build_close(code)), told, Finish(linger=False))
+        return (Finish(linger=False),) if state is State.CLOSING else _NOTHING
 
     def fault(self, code: int, reason: str) -> Actions:
         """The client broke the protocol (1002), sent text that is not UTF-8 (1007) or too much (1009)."""
         state = self._advance(Input.FAULT)
         if state is State.OPEN:
-            return (Write(build_close(code, reason)), self._tell(code, reason), Finish())
-        return (Finish(),) if state is State.CLOSING else _NOTHING
+            return (Write(build_close(code, reason)), self._tell(code, reason), Finish(linger=True))
+        return (Finish(linger=True),) if state is State.CLOSING else _NOTHING
 
     def lost(self) -> Actions:
         """The socket is gone."""
@@ -322,15 +320,6 @@ class WebSocketSession:
         if state is State.OPEN:
             return (self._tell(1006, "ping timeout"), Abort())
         return (Abort(),)
-
-    def shutdown(self) -> Actions:
-        """This server stops. 1012 (IANA: service restart) rather than 1001: come again, somebody else is here."""
-        state = self._advance(Input.SHUTDOWN)
-        if state is State.CONNECTING:
-            return self._refuse(503)
-        if state is State.OPEN:
-            return self._close(1012, "")
-        return _NOTHING
 
     # How
 
@@ -359,22 +348,22 @@ class WebSocketSession:
         self._handshake = None
         return (Write(answer), Opened())
 
-    def _refuse(self, status: int, *, text: str = "", client_gone: bool = True) -> Actions:
+    def _refuse(self, status: int, *, text: str = "") -> Actions:
         """Answer the handshake with an error; the state is CLOSED already."""
         self._handshake = None
         answer = build_refusal(status, text=text, server_headers=self._server_headers())
-        told = self._tell(1006, "", was_open=False, client_gone=client_gone)
-        return (Write(answer), Refused(status), told, Finish())
+        told = self._tell(1006, "", was_open=False)
+        return (Write(answer), Refused(status), told, Finish(linger=True))
 
-    def _close(self, code: int | None, reason: str, *, client_gone: bool = True) -> Actions:
+    def _close(self, code: int | None, reason: str) -> Actions:
         """Begin the closing handshake; ``code`` None: a Close without one."""
-        told = self._tell(1005 if code is None else code, reason, client_gone=client_gone)
+        told = self._tell(1005 if code is None else code, reason)
         return (Write(build_close(code, reason)), told)
 
-    def _tell(self, code: int, reason: str, *, was_open: bool = True, client_gone: bool = True) -> Closed:
+    def _tell(self, code: int, reason: str, *, was_open: bool = True) -> Closed:
         if was_open:
             self.close_code = code
-        return Closed({"type": "websocket.disconnect", "code": code, "reason": reason}, client_gone)
+        return Closed({"type": "websocket.disconnect", "code": code, "reason": reason})
 
 
 _OUTCOMES: Final = {

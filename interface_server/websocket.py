@@ -1,0 +1,504 @@
+"""The WebSocket adapter: between a Twisted transport and a connection.
+
+    WebSockets       what all WebSockets of a process share; http1.py calls ``upgrade``
+    WebSocketClient  one WebSocket: carries out what protocol/websocket_session.py decides
+
+Does not live here: the rules (protocol/websocket_handshake.py, protocol/websocket_session.py), reading frames
+(frame_reader.py, which has Autobahn do it), building them (protocol/websocket_frames.py), timers (deadlines.py: one
+for all connections).
+
+permessage-deflate will need three places: ``build_accept(extension=…)``, ``FrameReader`` (Autobahn's
+``_perMessageCompress``) and a second frame in ``Broadcast``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from random import random
+from typing import TYPE_CHECKING, Any, Final
+
+from twisted.internet.interfaces import ISSLTransport
+
+from channel_layer.frames import Outcome
+from interface_server.client import Connection, Refusal
+from interface_server.frame_reader import FrameReader
+from interface_server.protocol.request import Peer, RequestHead
+from interface_server.protocol.scope import build_websocket_scope
+from interface_server.protocol.websocket_frames import PING, build_frame
+from interface_server.protocol.websocket_handshake import Handshake, HandshakeFault, build_refusal, read_handshake
+from interface_server.protocol.websocket_session import (
+    Abort,
+    Actions,
+    Closed,
+    Deliver,
+    Finish,
+    Opened,
+    Refused,
+    Report,
+    State,
+    WebSocketSession,
+    Write,
+)
+
+if TYPE_CHECKING:
+    from interface_server.access_log import AccessLog
+    from interface_server.broadcast import Broadcast
+    from interface_server.connections import Connections
+    from interface_server.deadlines import Deadlines
+    from interface_server.settings import InterfaceSettings
+
+__all__ = ["WebSocketClient", "WebSockets", "WebSocketsStatistics"]
+
+_LOGGER: Final = logging.getLogger("trunkline.interface")
+
+# What a client may say before the handshake is answered; beyond it the socket is not read until then.
+_EARLY_BYTES_MAX: Final = 16 * 1024
+
+# A client that goes on reading what is left for it may take so many close timeouts in all; then it is cut off.
+_CLOSE_TIMEOUTS_MAX: Final = 12
+
+
+@dataclass(frozen=True, slots=True)
+class WebSocketsStatistics:
+    connecting_count: int
+    open_count: int
+    closing_count: int  # the application is told already, the socket is still there
+    refused_count: int  # handshakes answered with anything but 101
+    dropped_count: int  # events that did not fit, of connections that are over
+    ping_timeout_count: int
+
+
+class WebSockets:
+    """What the WebSockets of one process share."""
+
+    def __init__(
+        self,
+        *,
+        settings: InterfaceSettings,
+        connections: Connections,
+        access_log: AccessLog,
+        deadlines: Deadlines,
+        server_headers: Callable[[], Iterable[tuple[bytes, bytes]]],
+    ) -> None:
+        self.settings = settings
+        self.connections = connections
+        self.access_log = access_log
+        self.deadlines = deadlines
+        self.server_headers = server_headers  # Date, Server and the operator's headers, for any response head
+        self.clients: set[WebSocketClient] = set()  # until their sockets are gone; bounded by the sockets
+        self.refused_count = 0
+        self.dropped_count = 0
+        self.ping_timeout_count = 0
+
+    def __repr__(self) -> str:
+        return f"<WebSockets {len(self.clients)}>"
+
+    def statistics(self) -> WebSocketsStatistics:
+        states = [client.state for client in self.clients]
+        return WebSocketsStatistics(
+            connecting_count=states.count(State.CONNECTING),
+            open_count=states.count(State.OPEN),
+            closing_count=states.count(State.CLOSING) + states.count(State.CLOSED),
+            refused_count=self.refused_count,
+            dropped_count=self.dropped_count,
+            ping_timeout_count=self.ping_timeout_count,
+        )
+
+    def upgrade(
+        self,
+        head: RequestHead,
+        *,
+        peer: Peer,
+        transport: Any,
+    ) -> WebSocketClient:
+        """Take a connection over whose request ``is_websocket_upgrade``; ``peer`` as proxy_headers.py decided.
+
+        From now on everything about the transport goes to the client that is returned: ``data_received`` (bytes
+        behind the head first), ``pause_producing`` and ``resume_producing`` as its producer, ``connection_lost``.
+        A faulty handshake is answered here; its client only waits for the end of the socket.
+        """
+        return WebSocketClient(self, head, peer=peer, transport=transport)
+
+
+class WebSocketClient:
+    """One WebSocket. Implements ``client.Client``; never raises."""
+
+    __slots__ = (
+        "_buffered_bytes_before",
+        "_close_timeouts_left",
+        "_connection",
+        "_early",
+        "_heard_at",
+        "_log_target",
+        "_ping_sent_at",
+        "_pong_due",
+        "_reader",
+        "_reading_paused",
+        "_session",
+        "_shared",
+        "_since",
+        "_transport",
+        "_uses_tls",
+        "_writing_paused",
+        "deadline_tick",
+    )
+
+    def __init__(
+        self,
+        shared: WebSockets,
+        head: RequestHead,
+        *,
+        peer: Peer,
+        transport: Any,
+    ) -> None:
+        now = shared.deadlines.clock()
+        self._shared = shared
+        self._transport = transport  # ITCPTransport, or a TLS one
+        # Not what peer says: a proxy may have ended the client's TLS.
+        self._uses_tls = ISSLTransport.providedBy(transport)
+        self.deadline_tick: int | None = None  # of Deadlines
+        self._session: WebSocketSession | None = None  # None: the handshake was faulty, nobody was asked
+        self._connection: Connection | None = None  # until the application has been told of the end
+        self._reader: FrameReader | None = None  # in OPEN and CLOSING
+        self._early = b""  # what came before the handshake was answered; bounded, see data_received
+        self._reading_paused = False  # the transport is told not to read
+        self._writing_paused = False  # the transport told us that it is full
+        self._pong_due: bytes | None = None  # the last ping that came while it was full
+        self._heard_at = now  # when the client last gave a sign of life
+        self._ping_sent_at: float | None = None  # a ping waits for a sign of life
+        self._buffered_bytes_before = 0  # at the last deadline; fewer now: the client reads
+        self._close_timeouts_left = _CLOSE_TIMEOUTS_MAX
+        self._since = now  # of the request, then of the accept; for the access log
+        self._log_target: dict[str, Any] = {
+            "client": peer.client,
+            "raw_path": head.raw_path,
+            "query_string": head.query_string,
+        }
+        shared.clients.add(self)
+        try:
+            handshake = read_handshake(head)
+        except HandshakeFault as fault:
+            self._refuse_fault(fault)
+        else:
+            self._open(handshake, head, peer)
+
+    def __repr__(self) -> str:
+        return (
+            f"<WebSocketClient {self.state.name} {self._log_target['raw_path']!r} buffered={self.buffered_bytes()} "
+            f"reading_paused={self._reading_paused} writing_paused={self._writing_paused}>"
+        )
+
+    @property
+    def state(self) -> State:
+        return State.CLOSED if self._session is None else self._session.state
+
+    def _open(self, handshake: Handshake, head: RequestHead, peer: Peer) -> None:
+        shared = self._shared
+        self._session = WebSocketSession(handshake, server_headers=shared.server_headers)
+        scope = build_websocket_scope(
+            head, peer, root_path=shared.settings.root_path, subprotocols=handshake.subprotocols
+        )
+        shared.deadlines.arm(self, shared.settings.ws_handshake_timeout_s)
+        self._connection = shared.connections.open(
+            self, protocol="websocket", scope=scope, first_event={"type": "websocket.connect"}
+        )
+
+    def _refuse_fault(self, fault: HandshakeFault) -> None:
+        shared = self._shared
+        shared.refused_count += 1
+        shared.access_log.websocket_refused(**self._log_target, status=fault.status)
+        answer = build_refusal(
+            fault.status, headers=fault.headers, server_headers=shared.server_headers(), text=str(fault)
+        )
+        self._write(answer)
+        self._finish(linger=True)
+
+    # Called by Twisted, by way of http1.py
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = self._shared.deadlines.clock()
+        self._ping_sent_at = None
+        reader = self._reader
+        if reader is not None:
+            self._feed(reader, data)
+        elif self.state is State.CONNECTING:
+            self._early += data
+            # A client may not speak before it is answered (RFC 6455 section 4.1), but some do.
+            if len(self._early) > _EARLY_BYTES_MAX:
+                self._pause_transport()
+        # else it is over: what comes is read only to find the end of it.
+
+    def connection_lost(self) -> None:
+        """The socket is gone, or the client has ended its side: without a Close frame it is the same."""
+        self._shared.deadlines.disarm(self)
+        self._shared.clients.discard(self)
+        if self._session is not None:
+            self._carry_out(self._session.lost())
+        self._stop_reading()
+
+    def pause_producing(self) -> None:
+        """The transport's buffer is full."""
+        self._writing_paused = True
+        if self._connection is not None:
+            self._connection.pause_delivery()
+
+    def resume_producing(self) -> None:
+        """The transport's buffer is empty."""
+        self._writing_paused = False
+        payload, self._pong_due = self._pong_due, None
+        if payload is not None:
+            self._ping_received(payload)
+        if self._connection is not None:
+            self._connection.resume_delivery()
+
+    # Called by the Connection
+
+    def application_event(self, event: dict[str, Any]) -> None:
+        assert self._session is not None
+        self._carry_out(self._session.application_event(event))
+
+    def send_broadcast(self, broadcast: Broadcast) -> None:
+        assert self._session is not None
+        if self._session.frame_sent():
+            self._write(broadcast.frame)
+
+    def application_receiving(self) -> None:
+        """Nothing waits for it: what a WebSocket client sends is sent on as it comes."""
+
+    def application_ended(self, outcome: Outcome) -> None:
+        assert self._session is not None
+        self._carry_out(self._session.application_ended(outcome))
+
+    def refused(self, refusal: Refusal) -> None:
+        assert self._session is not None
+        self._carry_out(self._session.refused(refusal))
+
+    def pause_reading(self) -> None:
+        self._pause_transport()
+        if self._reader is not None:
+            self._reader.pause()
+
+    def resume_reading(self) -> None:
+        self._heard_at = self._shared.deadlines.clock()  # the ping timeout stood still
+        self._ping_sent_at = None
+        if self._reader is not None:
+            self._resume(self._reader)
+        elif len(self._early) <= _EARLY_BYTES_MAX:
+            self._resume_transport()
+
+    def buffered_bytes(self) -> int:
+        # A TLS transport has its socket's transport below it; what it holds itself is a few records at most.
+        transport = getattr(self._transport, "transport", self._transport)
+        try:
+            return int(len(transport.dataBuffer) - transport.offset + transport._tempDataLen)
+        except AttributeError:
+            return 0  # not one of Twisted's own: then only its pausing bounds it
+
+    # Called by FrameReader
+
+    def _message_received(self, payload: str | bytes) -> None:
+        assert self._session is not None
+        self._carry_out(self._session.message(payload))
+
+    def _ping_received(self, payload: bytes) -> None:
+        assert self._session is not None
+        if self._writing_paused:
+            # A client that does not read must not make us write. RFC 6455 section 5.5.3: answering the last ping
+            # is enough.
+            self._pong_due = payload
+        else:
+            self._carry_out(self._session.ping(payload))
+
+    def _close_received(self, payload: bytes) -> None:
+        assert self._session is not None
+        self._carry_out(self._session.close_frame(payload))
+
+    def _fault_found(self, code: int, reason: str) -> None:
+        assert self._session is not None
+        self._carry_out(self._session.fault(code, reason))
+
+    # Called by Deadlines
+
+    def deadline_reached(self) -> None:
+        if self.state is State.OPEN:
+            self._keep_alive()
+            return
+        if self.state is not State.CONNECTING and self._close_timeouts_left > 0 and self._client_reads():
+            self._close_timeouts_left -= 1
+            self._arm_close()
+            return
+        if self._session is None:
+            self._abort()
+        else:
+            self._carry_out(self._session.timed_out())
+
+    def _keep_alive(self) -> None:
+        """Ping a client that has been silent, give one up that stays silent."""
+        shared, settings = self._shared, self._shared.settings
+        now = shared.deadlines.clock()
+        if self._reading_paused or self._client_reads():
+            # We do not listen, so its silence says nothing; or it takes what we send, and a pong is behind that.
+            self._heard_at = now
+            self._ping_sent_at = None
+        if self._ping_sent_at is not None:
+            if settings.ws_ping_timeout_s and now - self._ping_sent_at >= settings.ws_ping_timeout_s:
+                assert self._session is not None
+                shared.ping_timeout_count += 1
+                self._carry_out(self._session.timed_out())
+                return
+        elif now - self._heard_at >= settings.ws_ping_interval_s:
+            self._ping_sent_at = now
+            self._write(build_frame(PING, b""))
+        self._arm_ping(now)
+
+    def _arm_ping(self, now: float) -> None:
+        settings = self._shared.settings
+        if self._ping_sent_at is not None:
+            if settings.ws_ping_timeout_s:
+                self._shared.deadlines.arm(self, self._ping_sent_at + settings.ws_ping_timeout_s - now)
+                return
+            self._ping_sent_at = None  # nobody waits for the answer; the next ping comes after the interval
+            self._heard_at = now
+        self._buffered_bytes_before = self.buffered_bytes()
+        self._shared.deadlines.arm(self, self._heard_at + settings.ws_ping_interval_s - now)
+
+    def _client_reads(self) -> bool:
+        """True if the transport holds fewer bytes than at the last deadline."""
+        before, self._buffered_bytes_before = self._buffered_bytes_before, self.buffered_bytes()
+        return self._buffered_bytes_before < before
+
+    # How
+
+    def _carry_out(self, actions: Actions) -> None:
+        for action in actions:
+            match action:
+                case Write(data):
+                    self._write(data)
+                case Deliver(event):
+                    if self._connection is not None:
+                        self._connection.send_event(event)
+                case Closed(event):
+                    self._closed(event)
+                case Opened():
+                    self._opened()
+                case Refused(status):
+                    self._shared.refused_count += 1
+                    self._shared.access_log.websocket_refused(
+                        **self._log_target, status=status, application_s=self._elapsed_s()
+                    )
+                case Finish(linger):
+                    self._finish(linger=linger)
+                case Abort():
+                    self._abort()
+                case Report(text):
+                    _LOGGER.error("WebSocket %r: %s", self._log_target["raw_path"], text)
+
+    def _write(self, data: bytes) -> None:
+        """The one place that writes. Twisted joins what is written within a loop turn into one send()."""
+        self._transport.write(data)
+
+    def _opened(self) -> None:
+        shared = self._shared
+        shared.access_log.websocket_accepted(**self._log_target, application_s=self._elapsed_s())
+        self._since = self._heard_at = shared.deadlines.clock()
+        self._reader = reader = FrameReader(
+            message=self._message_received,
+            ping=self._ping_received,
+            close_frame=self._close_received,
+            fault=self._fault_found,
+            message_bytes_max=shared.settings.ws_max_size_bytes,
+        )
+        interval_s = shared.settings.ws_ping_interval_s
+        if interval_s:
+            # The first look comes at a random time, so that clients that connected together part.
+            shared.deadlines.arm(self, interval_s * random())
+        else:
+            shared.deadlines.disarm(self)
+        assert self._connection is not None
+        self._connection.accept_broadcasts()
+        early, self._early = self._early, b""
+        if early:
+            self._resume_transport()
+            self._feed(reader, early)
+
+    def _feed(self, reader: FrameReader, data: bytes) -> None:
+        try:
+            reader.feed(data)
+        except Exception:
+            self._reader_failed(reader)
+
+    def _resume(self, reader: FrameReader) -> None:
+        self._resume_transport()
+        try:
+            reader.resume()
+        except Exception:
+            self._reader_failed(reader)
+
+    def _reader_failed(self, reader: FrameReader) -> None:
+        """A fault of ours (or Autobahn's) costs this connection, and no other."""
+        _LOGGER.exception("reading a frame failed: %r of %r", reader, self)
+        reader.stop()
+        self._fault_found(1011, "internal error")
+
+    def _closed(self, event: dict[str, Any]) -> None:
+        """The application's part is over; the socket may take a while."""
+        assert self._session is not None
+        shared = self._shared
+        connection, self._connection = self._connection, None
+        if self._session.close_code is not None:
+            shared.access_log.websocket_closed(
+                **self._log_target, code=self._session.close_code, open_s=self._elapsed_s()
+            )
+        shared.dropped_count += self._session.dropped_count
+        self._early = b""
+        if connection is not None:
+            connection.client_gone(event)
+        if self in shared.clients:
+            # From here on everything is read, for the client's Close or the end of the socket.
+            self._arm_close()
+            if self._reader is not None:
+                self._resume(self._reader)
+            else:
+                self._resume_transport()
+
+    def _arm_close(self) -> None:
+        self._buffered_bytes_before = self.buffered_bytes()
+        self._shared.deadlines.arm(self, self._shared.settings.ws_close_timeout_s)
+
+    def _finish(self, *, linger: bool) -> None:
+        self._stop_reading()
+        transport = self._transport
+        # A transport closes only behind its producer.
+        transport.unregisterProducer()
+        if linger and not self._uses_tls:
+            # Ends our side behind what is written; the client's end closes the socket, or the deadline does. TLS
+            # has an end of its own (close_notify), which loseConnection waits for.
+            transport.loseWriteConnection()
+        else:
+            transport.loseConnection()
+        self._arm_close()
+
+    def _abort(self) -> None:
+        self._stop_reading()
+        self._transport.abortConnection()
+
+    def _stop_reading(self) -> None:
+        """Messages mean nothing any more; drops the reader, its callbacks make a cycle with this object."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.stop()
+
+    def _pause_transport(self) -> None:
+        if not self._reading_paused:
+            self._reading_paused = True
+            self._transport.pauseProducing()
+
+    def _resume_transport(self) -> None:
+        if self._reading_paused:
+            self._reading_paused = False
+            self._transport.resumeProducing()
+
+    def _elapsed_s(self) -> float:
+        return self._shared.deadlines.clock() - self._since
