@@ -211,6 +211,11 @@ class Instance:
         context = self._context.copy() if self._context is not None else None
         self._task = self._loop.create_task(self._run(), name=name, context=context)
 
+    def grant(self) -> None:
+        """A GRANT frame came: the connection is ours; call the application if it does not run yet."""
+        self.granted = True
+        self.start()
+
     def event_received(self, kind: int, payload: bytes) -> None:
         """An EVENT or PIECE frame came. Raises FlowControlError, WireError: then the connection is to be given up."""
         if self.phase is Phase.FINISHING:

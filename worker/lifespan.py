@@ -79,10 +79,10 @@ class Lifespan:
         try:
             await self._answered.wait()
         except asyncio.CancelledError:
-            await self._cancel()
+            await self._finish(patience_s=0)
             raise
         if self._failure is not None:
-            await self._cancel()
+            await self._finish()
             raise LifespanFailed(f"the application could not start{_colon(self._failure)}")
         if self.phase is LifespanPhase.OVER and self._mode == "on":
             raise LifespanFailed("the application has no working lifespan, and --lifespan on asks for one")
@@ -93,7 +93,7 @@ class Lifespan:
         Does nothing when the application takes no part in the protocol.
         """
         if self.phase is not LifespanPhase.STARTED:
-            await self._cancel()
+            await self._finish()
             return True
         self.phase = LifespanPhase.STOPPING
         self._answered.clear()
@@ -105,21 +105,22 @@ class Lifespan:
             logger.error("the application did not finish its lifespan shutdown within %g s", timeout_s)
             return False
         finally:
-            await self._cancel()
+            await self._finish()
         if self._failure is not None:
             logger.error("the application's shutdown failed%s", _colon(self._failure))
             return False
         return True
 
-    async def _cancel(self) -> None:
+    async def _finish(self, patience_s: float = 0.2) -> None:
+        """End the application's call: most return by themselves right behind their last answer."""
         self.phase = LifespanPhase.OVER
         task = self._task
-        if task is None or task.done():
+        if task is None:
             return
-        # An application that returns right behind its answer is not to be cancelled for one turn of the loop.
-        await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.wait([task], timeout=1.0)  # one that refuses to be cancelled does not keep the worker
+        await asyncio.wait([task], timeout=patience_s)
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task], timeout=1.0)  # one that refuses to be cancelled does not keep the worker
 
     async def _run(self) -> None:
         scope: Scope = {

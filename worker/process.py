@@ -1,0 +1,565 @@
+"""A worker: takes openings from the queues, claims their connections, and leads frames to the right instance.
+
+``WorkerProcess`` does that on a ProcessLayer; ``run()`` is the whole life of the process around it: import the
+application, connect, lifespan startup, take openings until a signal, stop. How one connection behaves is
+instance.py's business.
+
+    opening taken --CLAIM--> claimed --GRANT--> granted      safe HTTP methods run from the claim on,
+                                +-----CLOSED, or 5 s---> dropped      everything else from the grant
+
+To handle a further kind of frame from interface servers: a branch in ``_apply``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import channel_layer
+from channel_layer.base import ProcessLayer
+from channel_layer.connection import FlowControlError
+from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName, WireError
+from channel_layer.frames import Frame, FrameKind, build_claim, build_closed
+from channel_layer.openings import Opening, decode_opening
+from worker.application import Application, build_application
+from worker.instance import Instance, Phase
+from worker.lifespan import Lifespan, LifespanFailed
+from worker.loading import ApplicationError, load_application, prepare_import
+from worker.settings import HTTP_CHANNEL, WEBSOCKET_CHANNEL, WorkerSettings
+
+__all__ = ["WorkerProcess", "WorkerStatistics", "run"]
+
+logger = logging.getLogger("trunkline.worker")
+
+# DESIGN section 3, "Opening": enough to save round trips, few enough that idle workers get their share.
+OPENINGS_AT_ONCE: Final = 8
+# A claim that nobody answers is given up: the interface server may be gone, or the opening an old copy.
+GRANT_TIMEOUT_S: Final = 5.0
+# How long a take that failed at once is held back, so that a broker that refuses does not keep the loop busy.
+TAKE_RETRY_S: Final = 0.2
+# After the stop timeout: for applications that were cancelled to end. Then the process goes without them.
+CANCEL_TIMEOUT_S: Final = 2.0
+# After a second signal: to say goodbye on the links.
+FORCED_LEAVE_TIMEOUT_S: Final = 0.5
+# Threads for synchronous code (run_in_executor, to_thread, sync_to_async beside its one sensitive thread). Further
+# calls wait for a free one. asgiref's variable overrides it.
+THREADS_MAX: Final = 64
+THREADS_VARIABLE: Final = "ASGI_THREADS"
+READY_VARIABLE: Final = "TRUNKLINE_READY_FD"
+
+_PROTOCOLS: Final[Mapping[str, str]] = {HTTP_CHANNEL: "http", WEBSOCKET_CHANNEL: "websocket"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatistics:
+    http_count: int  # HTTP requests that hold a place
+    websocket_count: int  # WebSockets that hold a place
+    waiting_for_grant_count: int
+    opened_count: int  # openings taken and claimed
+    granted_count: int
+    refused_count: int  # claims answered with CLOSED
+    grant_timeout_count: int
+    duplicate_count: int  # openings of connections that are here already
+    unreadable_count: int  # openings and frames this release cannot read
+    unknown_connection_count: int  # frames for connections that are not here (any more)
+    ended_count: int
+
+
+class WorkerProcess:
+    """Implements base.ProcessListener. ``start()`` begins to take openings, ``stop()`` ends everything."""
+
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        *,
+        application: Application,
+        layer: ProcessLayer,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``state`` is the lifespan's: each scope gets a shallow copy. To be made on the worker's loop."""
+        self._settings = settings
+        self._application = application
+        self._layer = layer
+        self._state = state if state is not None else {}
+        self._loop = asyncio.get_running_loop()
+        # Instances run in copies of this context, not in that of the task that happened to read their frame.
+        self._context = contextvars.copy_context()
+
+        # Each connection we claimed: by interface server, then by connection and epoch.
+        self._peers: dict[str, dict[tuple[int, int], Instance]] = {}
+        self._by_channel: dict[str, Instance] = {}
+        # How many connections there are of each protocol, and may be; at the limit nothing more is taken.
+        self._counts = {"http": 0, "websocket": 0}
+        self._limits = {"http": settings.concurrency, "websocket": settings.websockets_max}
+        self._room = {"http": asyncio.Event(), "websocket": asyncio.Event()}
+        self._idle = asyncio.Event()  # no connection is here
+        self._idle.set()
+        # Claims without an answer, oldest first, each with the loop time at which it is given up.
+        self._unanswered: dict[Instance, float] = {}
+        self._grant_timer: asyncio.TimerHandle | None = None
+
+        self._takers: list[asyncio.Task[None]] = []
+        self._is_stopping = False
+        self._reachable = asyncio.Event()
+        self._reachable.set()
+        # Why this process cannot go on.
+        self._failure: asyncio.Future[BaseException] = self._loop.create_future()
+
+        self._opened_count = 0
+        self._granted_count = 0
+        self._refused_count = 0
+        self._grant_timeout_count = 0
+        self._duplicate_count = 0
+        self._unreadable_count = 0
+        self._unknown_connection_count = 0
+        self._ended_count = 0
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {protocol}" for protocol, count in self._counts.items())
+        return f"<WorkerProcess {self._layer.process_id}: {counts}{', stopping' if self._is_stopping else ''}>"
+
+    def statistics(self) -> WorkerStatistics:
+        return WorkerStatistics(
+            http_count=self._counts["http"],
+            websocket_count=self._counts["websocket"],
+            waiting_for_grant_count=len(self._unanswered),
+            opened_count=self._opened_count,
+            granted_count=self._granted_count,
+            refused_count=self._refused_count,
+            grant_timeout_count=self._grant_timeout_count,
+            duplicate_count=self._duplicate_count,
+            unreadable_count=self._unreadable_count,
+            unknown_connection_count=self._unknown_connection_count,
+            ended_count=self._ended_count,
+        )
+
+    def instances(self) -> list[Instance]:
+        return [instance for of_peer in self._peers.values() for instance in of_peer.values()]
+
+    def epoch_of(self, channel: str) -> int:
+        """The epoch of the connection with this reply channel here, or 0: group frames carry it."""
+        instance = self._by_channel.get(channel)
+        return instance.epoch if instance is not None else 0
+
+    def start(self) -> None:
+        """Begin to take openings."""
+        for channel in self._settings.channels:
+            taker = self._loop.create_task(self._take(channel), name=f"take {channel}")
+            taker.add_done_callback(self._taker_done)
+            self._takers.append(taker)
+
+    async def wait_failed(self) -> BaseException:
+        """Wait until this process cannot take connections any more, which should not happen; return why."""
+        return await asyncio.shield(self._failure)
+
+    async def stop(self, timeout_s: float, *, at_once: asyncio.Event | None = None) -> int:
+        """Take nothing more and end what runs; return how many instances refused to end.
+
+        WebSockets are closed with 1012; HTTP requests have ``timeout_s`` to finish, then they are cut. ``at_once``
+        ends the waiting early.
+        """
+        self._is_stopping = True
+        takers, self._takers = self._takers, []
+        for taker in takers:
+            taker.cancel()
+        # An opening that a cancelled take still hands over stays in its queue (base.take_openings).
+        await asyncio.gather(*takers, return_exceptions=True)
+        for instance in self.instances():
+            if instance.protocol != "websocket":
+                continue
+            if instance.phase is Phase.CLAIMED:
+                instance.refused("the worker stops")  # its grant will be answered with CLOSED
+            else:
+                instance.shut_down()
+        await self._wait_idle(timeout_s, at_once)
+        for instance in self.instances():
+            instance.cancel(f"the worker stops, and {timeout_s:g} s were not enough to finish")
+        if at_once is None or not at_once.is_set():
+            await self._wait_idle(CANCEL_TIMEOUT_S, at_once)
+        if self._grant_timer is not None:
+            self._grant_timer.cancel()
+            self._grant_timer = None
+        running = [instance for instance in self.instances() if instance.task is not None]
+        for instance in running[:10]:
+            logger.error("%s does not end although it was cancelled", instance.describe())
+        return len(running)
+
+    # Called by the layer
+
+    def frame_received(self, peer: str, frame: Frame) -> None:
+        kind = frame[0]
+        if kind not in _KINDS:
+            self._unreadable_count += 1
+            logger.debug("frame of the kind %r from %s is not for a worker", kind, peer)
+            return
+        connection: int = frame[1]
+        epoch: int = frame[2]
+        of_peer = self._peers.get(peer)
+        instance = of_peer.get((connection, epoch)) if of_peer is not None else None
+        if instance is None:
+            self._unknown_connection_count += 1
+            # Only what the other side would wait behind: a grant we gave up, events nobody will consume. The rest
+            # (CREDIT, GONE, LAST, CLOSED) crossed our END on the way, and an answer to CLOSED could go on for ever.
+            if kind in _ANSWERED:
+                self._layer.link_send(peer, build_closed(connection, epoch))
+            return
+        try:
+            self._apply(instance, kind, frame)
+        except (FlowControlError, WireError) as error:
+            self._unreadable_count += 1
+            logger.error("%s is given up, its interface server %s sent: %s", instance.describe(), peer, error)
+            self._layer.link_send(peer, build_closed(connection, epoch))
+            instance.refused("the interface server sent what this release cannot read")
+
+    def peer_ended(self, peer: str, reason: str) -> None:
+        of_peer = self._peers.get(peer)
+        if of_peer is None:
+            return
+        logger.warning("interface server %s is gone (%s), and %d connections with it", peer, reason, len(of_peer))
+        for instance in list(of_peer.values()):
+            self._unanswered.pop(instance, None)
+            instance.refused(f"the interface server is gone ({reason})")
+
+    def peer_ready(self, peer: str) -> None:
+        for instance in list(self._peers.get(peer, {}).values()):
+            instance.link_ready()
+
+    def broker_changed(self, reachable: bool) -> None:
+        if not reachable:
+            self._reachable.clear()
+            # While the broker is away nobody can answer a claim.
+            if self._grant_timer is not None:
+                self._grant_timer.cancel()
+                self._grant_timer = None
+            return
+        self._reachable.set()
+        deadline = self._loop.time() + GRANT_TIMEOUT_S
+        self._unanswered = dict.fromkeys(self._unanswered, deadline)
+        self._arm_grant_timer()
+
+    # Openings
+
+    async def _take(self, channel: str) -> None:
+        protocol = _PROTOCOLS[channel]
+        room = self._room[protocol]
+        while True:
+            free = self._limits[protocol] - self._counts[protocol]
+            if free <= 0:
+                room.clear()
+                await room.wait()
+                continue
+            await self._reachable.wait()
+            try:
+                taken = await self._layer.take_openings(channel, min(OPENINGS_AT_ONCE, free))
+            except BrokerUnavailable as error:
+                logger.debug("no openings of %s: %s", channel, error)
+                await asyncio.sleep(TAKE_RETRY_S)
+                continue
+            for data in taken:
+                self._open(protocol, data)
+
+    def _taker_done(self, taker: asyncio.Task[None]) -> None:
+        error = taker.exception() if not taker.cancelled() else None
+        if error is not None and not self._failure.done():
+            self._failure.set_result(error)
+
+    def _open(self, protocol: str, data: bytes) -> None:
+        try:
+            opening = decode_opening(data)
+            if opening.scope.get("type") != protocol:
+                raise WireError(f"an opening of {protocol} has a scope of {opening.scope.get('type')!r}")
+            key = (opening.connection, opening.epoch)
+            of_peer = self._peers.get(opening.interface)
+            if of_peer is not None and key in of_peer:
+                # A retry, or a broker that went back in time. The first copy has claimed it.
+                self._duplicate_count += 1
+                return
+            self._complete_scope(opening)
+            instance = Instance(
+                opening,
+                application=self._application,
+                link=self._layer,
+                loop=self._loop,
+                window_bytes=self._settings.window_bytes,
+                close_timeout_s=self._settings.close_timeout_s,
+                ended=self._instance_ended,
+                context=self._context,
+            )
+        except (WireError, FlowControlError) as error:
+            # Its interface server will miss a claim, and refuse the client after --queue-timeout.
+            self._unreadable_count += 1
+            logger.error("an opening is dropped: %s", error)
+            return
+        if of_peer is None:
+            of_peer = self._peers.setdefault(opening.interface, {})
+        of_peer[key] = instance
+        self._by_channel[opening.reply_channel] = instance
+        self._counts[protocol] += 1
+        self._idle.clear()
+        self._opened_count += 1
+        self._layer.link_send(opening.interface, build_claim(opening.connection, opening.epoch))
+        if instance.is_safe:
+            instance.start()
+        else:
+            self._unanswered[instance] = self._loop.time() + GRANT_TIMEOUT_S
+            self._arm_grant_timer()
+
+    def _complete_scope(self, opening: Opening) -> None:
+        """Add what only this process knows; msgpack's lists become the tuples that servers give elsewhere."""
+        scope = opening.scope
+        headers = scope.get("headers")
+        if type(headers) is not list:
+            raise WireError(f"the scope of an opening has headers {headers!r:.80}")
+        # Applications put pairs into sets, and compare them with tuples.
+        scope["headers"] = [tuple(pair) for pair in headers]
+        for name in ("client", "server"):
+            address = scope.get(name)
+            if address is not None:
+                scope[name] = tuple(address)
+        # ASGI "Lifespan State": a shallow copy for each, so that what a request adds is its own.
+        scope["state"] = dict(self._state)
+
+    def _instance_ended(self, instance: Instance) -> None:
+        self._ended_count += 1
+        self._unanswered.pop(instance, None)
+        of_peer = self._peers[instance.peer]
+        del of_peer[instance.connection, instance.epoch]
+        if not of_peer:
+            del self._peers[instance.peer]
+        if self._by_channel.get(instance.reply_channel) is instance:
+            del self._by_channel[instance.reply_channel]
+        self._counts[instance.protocol] -= 1
+        self._room[instance.protocol].set()
+        if not self._peers:
+            self._idle.set()
+
+    # Frames
+
+    def _apply(self, instance: Instance, kind: int, frame: Frame) -> None:
+        if kind == FrameKind.EVENT or kind == FrameKind.PIECE:
+            instance.event_received(kind, frame[3])
+        elif kind == FrameKind.CREDIT:
+            instance.credit_received(frame[3])
+        elif kind == FrameKind.GRANT:
+            self._granted_count += 1
+            self._unanswered.pop(instance, None)
+            instance.grant()
+        elif kind == FrameKind.GONE:
+            instance.client_gone()
+        elif kind == FrameKind.LAST:
+            instance.last_received(frame[3])
+        else:  # CLOSED
+            self._unanswered.pop(instance, None)
+            if not instance.granted:
+                self._refused_count += 1
+            instance.refused("the interface server has closed the connection")
+
+    def _arm_grant_timer(self) -> None:
+        if self._grant_timer is None and self._unanswered and self._reachable.is_set():
+            first = next(iter(self._unanswered.values()))
+            self._grant_timer = self._loop.call_at(first, self._give_up_claims)
+
+    def _give_up_claims(self) -> None:
+        self._grant_timer = None
+        now = self._loop.time()
+        for instance in [late for late, deadline in self._unanswered.items() if deadline <= now]:
+            del self._unanswered[instance]
+            self._grant_timeout_count += 1
+            logger.warning(
+                "%s is given up: its interface server did not answer the claim in %g s",
+                instance.describe(),
+                GRANT_TIMEOUT_S,
+            )
+            instance.refused("the claim was not answered")
+        self._arm_grant_timer()
+
+    async def _wait_idle(self, timeout_s: float, at_once: asyncio.Event | None) -> None:
+        waits = [self._loop.create_task(self._idle.wait())]
+        if at_once is not None:
+            waits.append(self._loop.create_task(at_once.wait()))
+        try:
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+
+# Frames about a connection that come from interface servers, as ints: a frame's kind is one.
+_KINDS: Final = frozenset(
+    int(kind)
+    for kind in (
+        FrameKind.GRANT,
+        FrameKind.CLOSED,
+        FrameKind.EVENT,
+        FrameKind.PIECE,
+        FrameKind.LAST,
+        FrameKind.GONE,
+        FrameKind.CREDIT,
+    )
+)
+_ANSWERED: Final = frozenset(int(kind) for kind in (FrameKind.GRANT, FrameKind.EVENT, FrameKind.PIECE))
+
+
+# The life of the process
+
+
+class _WrongInput(Exception):
+    """The operator's settings cannot be used; the text is the line for the operator."""
+
+
+def run(settings: WorkerSettings) -> int:
+    """Run a worker until SIGTERM or SIGINT; return the exit status.
+
+    0 a clean stop, 1 it could not run or not stop cleanly, 2 wrong input; what was wrong is one line on stderr. A
+    second signal ends the process at once, and so does an application that cannot be ended, without returning.
+    """
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_serve(settings))
+    except ApplicationError as error:
+        if error.details:
+            print(error.details, file=sys.stderr)
+        return _fail(error, 2)
+    except (BrokerUnsuitable, _WrongInput) as error:
+        return _fail(error, 2)
+    except (BrokerUnavailable, LifespanFailed) as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:  # before the signal handlers were there
+        return _fail("interrupted", 1)
+
+
+def _fail(error: Exception | str, status: int) -> int:
+    print(f"trunkline: {error}", file=sys.stderr)
+    return status
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+    except ImportError:  # not made for every platform
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+async def _serve(settings: WorkerSettings) -> int:
+    loop = asyncio.get_running_loop()
+    threads = os.environ.get(THREADS_VARIABLE, "")
+    executor = ThreadPoolExecutor(int(threads) if threads.isdigit() and int(threads) else THREADS_MAX, "application")
+    loop.set_default_executor(executor)
+    layer = _build_layer(settings)
+    # Before the import: an application may ask for its layer at module level.
+    channel_layer.install_process_layer(layer)
+    # On the running loop, as elsewhere: an application may create what needs one at module level.
+    prepare_import(settings.app_dir)
+    candidate = load_application(settings.application, factory=settings.factory)
+    application = build_application(candidate, settings.interface)
+    lifespan = Lifespan(application, mode=settings.lifespan)
+    process = WorkerProcess(settings, application=application, layer=layer, state=lifespan.state)
+    # From here on signals are ours; until here they end the process as they end any Python.
+    stop, at_once = asyncio.Event(), asyncio.Event()
+    _install_signal_handlers(loop, stop, at_once)
+    await layer.start(process)  # before the lifespan, which may use the layer
+    try:
+        is_clean = await _serve_connections(settings, lifespan, process, stop=stop, at_once=at_once)
+    finally:
+        try:
+            async with asyncio.timeout(FORCED_LEAVE_TIMEOUT_S if at_once.is_set() else None):
+                await layer.stop()
+        except TimeoutError:
+            logger.warning("the other processes will find this worker gone by its lease")
+    if at_once.is_set() or any(instance.task is not None for instance in process.instances()):
+        # Threads that run the application's synchronous code cannot be ended, and Python waits for them for ever.
+        _leave_at_once(1)
+    return 0 if is_clean else 1
+
+
+async def _serve_connections(
+    settings: WorkerSettings,
+    lifespan: Lifespan,
+    process: WorkerProcess,
+    *,
+    stop: asyncio.Event,
+    at_once: asyncio.Event,
+) -> bool:
+    """From lifespan startup to lifespan shutdown; True if everything ended well. Raises LifespanFailed."""
+    started = await _unless(stop, lifespan.startup())
+    if stop.is_set() and started is _INTERRUPTED:
+        return True
+    process.start()
+    _announce_ready()
+    logger.info("%r serves %s", process, settings.application)
+    is_clean = True
+    failed = await _unless(stop, process.wait_failed())
+    if isinstance(failed, BaseException):
+        logger.critical("%r cannot take connections any more", process, exc_info=failed)
+        is_clean = False
+    logger.info("%r stops", process)
+    if await process.stop(settings.stop_timeout_s, at_once=at_once):
+        is_clean = False
+    # ASGI "Lifespan", Shutdown: behind the last connection.
+    return await _unless(at_once, lifespan.shutdown(settings.lifespan_shutdown_timeout_s)) is True and is_clean
+
+
+def _build_layer(settings: WorkerSettings) -> ProcessLayer:
+    # Here, so that WorkerProcess can be used and tested on any layer; and before prepare_import().
+    from channel_layer.process_layer import RedisProcessLayer
+
+    try:
+        return RedisProcessLayer(url=settings.redis_url, prefix=settings.prefix, role="worker")
+    except (ValueError, InvalidName) as error:  # a bad URL, a bad prefix
+        raise _WrongInput(str(error)) from error
+
+
+def _install_signal_handlers(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, at_once: asyncio.Event) -> None:
+    def received() -> None:
+        if stop.is_set():
+            at_once.set()
+        stop.set()
+
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, received)
+
+
+_INTERRUPTED: Final = object()
+
+
+async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, object]) -> object:
+    """The result of ``work``, or _INTERRUPTED if ``event`` is set first: then ``work`` is cancelled."""
+    task = asyncio.ensure_future(work)
+    interrupted = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait([task, interrupted], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        task.cancel()
+        await asyncio.wait([task])
+        return _INTERRUPTED
+    finally:
+        task.cancel()
+        interrupted.cancel()
+
+
+def _announce_ready() -> None:
+    """Tell the supervisor, which waits on a pipe."""
+    descriptor = os.environ.pop(READY_VARIABLE, "")  # not for the application's own subprocesses
+    if descriptor:
+        with os.fdopen(int(descriptor), "wb") as pipe:
+            pipe.write(b"ready\n")
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
