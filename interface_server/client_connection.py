@@ -325,8 +325,11 @@ class ClientConnection:
         self._leave(event, gone=True)
         client.refused(refusal)
 
-    def shared_event_received(self, shared: Broadcast | dict[str, Any], payload: bytes) -> bool:
-        """An EVENTS frame of the owner names this connection. True: have ``flush_queue`` called in its turn."""
+    def shared_event_received(self, event: dict[str, Any], broadcast: Broadcast | None, payload: bytes) -> bool:
+        """An EVENTS frame of the owner names this connection. True: have ``flush_queue`` called in its turn.
+
+        ``broadcast`` is the event once more, if it is a websocket.send.
+        """
         try:
             complete = self._incoming.receive(FrameKind.EVENT, payload)
         except FlowControlError as error:
@@ -336,6 +339,7 @@ class ClientConnection:
         if self._client is None:
             self._return_credit(complete[1])
             return False
+        shared = event if broadcast is None or not self._accepting else broadcast
         return self._queue_item((_Held.SHARED, shared, complete[1]))
 
     # Called by Connections, FanOut and BroadcastMemory: messages of groups

@@ -371,15 +371,13 @@ class Connections:
     def _events(self, peer: str, frame: Frame) -> None:
         addressees, payload = frame[1], frame[2]
         event = decode_event(payload)
-        shared: Broadcast | dict[str, Any] = event
-        if event.get("type") == "websocket.send":
-            shared = Broadcast(event)
+        broadcast = Broadcast(event) if event.get("type") == "websocket.send" else None
         for addressee in addressees:
             number, epoch = addressee
             connection = self._connections.get(number)
             if connection is None or connection.peer != peer or connection.epoch != epoch:
                 self._answer_closed(peer, number, epoch)
-            elif connection.shared_event_received(shared, payload):
+            elif connection.shared_event_received(event, broadcast, payload):
                 self._fan_out.add(connection)
 
     def _out_of_place(self, peer: str, frame: Frame) -> None:
