@@ -51,6 +51,7 @@ class InterfaceSettings:
     # HTTP.
     keep_alive_timeout_s: float = 5.0  # an idle connection is closed after it
     header_timeout_s: float = 30.0  # a head that is not complete by then: 408 and close
+    body_timeout_s: float = 60.0  # longest silence within a request body we want to read: 408 and close; 0: no limit
     request_line_bytes_max: int = 16 * 1024  # beyond: 414 and close
     head_bytes_max: int = 64 * 1024  # request line and headers together; beyond: 431 and close
     headers_max: int = 128  # count of header fields; beyond: 431 and close
@@ -100,6 +101,7 @@ class InterfaceSettings:
         for name in (
             "broker_wait_s",
             "keep_alive_timeout_s",
+            "body_timeout_s",
             "ws_ping_interval_s",
             "ws_ping_timeout_s",
             "ws_close_timeout_s",

@@ -1,0 +1,736 @@
+"""HTTP/1.x on Twisted transports: carries out what request_reader.py and http_exchange.py decide.
+
+    Http1Factory    what all HTTP connections of a process share; server.py listens with it
+    Http1Protocol   one socket: whose turn it is, what is read, when it is closed
+    HttpClient      one request on it; the ``client.Client`` of its Connection
+
+    HEAD --request--> EXCHANGE --response, body read--> HEAD (the next request)
+      |                  |  |                             ^
+      |                  |  +--response, body not read--> DRAIN --body read--+
+      |                  +--response, not to be kept--> LINGER --end, timeout--> CLOSED
+      +--refused--> LINGER        +--WebSocket--> UPGRADED
+
+Requests on one connection are served one after the other. While one is served, what the client sends behind it waits
+unread in the reader, 64 KiB at most; then the socket is not read.
+
+**A socket is read** only while its application takes the body (client.py, ``pause_reading``). Its end is watched all
+the same, by end_watch.py. A client that ends its sending side behind a complete request still gets its answer
+(RFC 9112 section 9.6 knows such half-closed connections; ``printf … | nc`` is one); a reset, at any time, is a
+disconnect. So a client that closes its socket and one that only stops sending look the same until something is
+written: the first write brings the reset. Where nothing is written, TCP keep-alive asks the client's kernel.
+
+**Closing.** To close a socket with unread bytes resets it, and the reset can overtake the answer. So where the client
+may still be sending, we end our side only (LINGER), drop what comes, and close when the client has ended its side, at
+the latest after some seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from twisted.internet.address import UNIXAddress
+from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ISSLTransport
+from twisted.internet.protocol import Factory, Protocol
+from zope.interface import implementer
+
+from channel_layer.frames import Outcome
+from channel_layer.openings import FIRST_BODY_BYTES_MAX
+from interface_server.access_log import AccessLog
+from interface_server.broadcast import Broadcast
+from interface_server.client import Connection, Refusal
+from interface_server.connections import Connections
+from interface_server.deadlines import Deadlines
+from interface_server.end_watch import EndWatch, unread_bytes
+from interface_server.protocol.actions import End, Output
+from interface_server.protocol.errors import BadRequest
+from interface_server.protocol.http_exchange import HttpExchange, build_plain_response
+from interface_server.protocol.proxy_headers import ProxyHeaders
+from interface_server.protocol.request import Peer, RequestHead
+from interface_server.protocol.request_reader import BodyPiece, ReaderLimits, RequestReader, RequestStart
+from interface_server.protocol.scope import build_http_scope
+from interface_server.protocol.server_headers import ServerHeaders
+from interface_server.protocol.websocket_handshake import is_websocket_upgrade
+from interface_server.settings import InterfaceSettings
+from interface_server.websocket import WebSocketClient, WebSockets
+
+__all__ = ["Http1Factory", "Http1Protocol", "Http1Statistics", "HttpClient", "Phase"]
+
+_LOGGER: Final = logging.getLogger("trunkline.interface")
+
+# What a client may send behind the request that is being served; beyond it the socket is not read until its turn.
+_PIPELINED_BYTES_MAX: Final = 64 * 1024
+# Of a body that its application left unread, behind a complete response: more closes the connection.
+_DRAIN_BYTES_MAX: Final = 64 * 1024
+# Dropped in LINGER; beyond it the socket is not read any more: TCP stops the client until the timeout.
+_LINGER_BYTES_MAX: Final = 1024 * 1024
+_LINGER_TIMEOUT_S: Final = 5.0
+# For the rest of a response that is still to be written when nothing else is left to do; a client that reads gets as
+# many of these as it needs.
+_FLUSH_TIMEOUT_S: Final = 30.0
+# TCP keep-alive of a client that has ended its sending side: idle, interval (seconds) and count.
+_KEEP_ALIVE_PROBES: Final = (10, 10, 3)
+
+_NO_BODY: Final = {"type": "http.request", "body": b"", "more_body": False}
+_DISCONNECT: Final = {"type": "http.disconnect"}
+
+
+class Phase(Enum):
+    HEAD = "waits for a request"
+    EXCHANGE = "serves a request"
+    DRAIN = "reads the rest of a body nobody wants"
+    LINGER = "has answered for the last time"
+    UPGRADED = "belongs to a WebSocket"
+    CLOSED = "the socket is gone, or about to be"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Http1Statistics:
+    sockets: int  # WebSockets included
+    idle: int  # wait for a request
+    accepted_total: int
+    requests_total: int
+    bad_requests_total: int
+    timeouts_total: int
+    dropped_total: int  # events of groups that did not fit their response
+
+
+class Http1Factory(Factory):
+    """Makes a protocol for each accepted socket, and knows all of them."""
+
+    noisy = False
+
+    def __init__(
+        self,
+        *,
+        settings: InterfaceSettings,
+        connections: Connections,
+        websockets: WebSockets,
+        access_log: AccessLog,
+        deadlines: Deadlines,
+        server_headers: ServerHeaders,
+        end_watch: EndWatch | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.settings = settings
+        self.connections = connections
+        self.websockets = websockets
+        self.access_log = access_log
+        self.deadlines = deadlines
+        self.server_headers = server_headers
+        self.end_watch = end_watch  # None: the ends of sockets that are not read are not watched
+        self.clock = clock  # for the access log
+        self.limits = ReaderLimits(
+            request_line_bytes_max=settings.request_line_bytes_max,
+            head_bytes_max=settings.head_bytes_max,
+            headers_max=settings.headers_max,
+        )
+        self.proxy_headers = ProxyHeaders(settings.forwarded_allow_ips) if settings.proxy_headers else None
+        self.protocols: set[Http1Protocol] = set()  # until their sockets are gone
+        self.is_stopping = False
+        self.accepted_count = 0
+        self.request_count = 0
+        self.bad_request_count = 0
+        self.timeout_count = 0
+        self.dropped_count = 0
+
+    def __repr__(self) -> str:
+        return f"<Http1Factory sockets={len(self.protocols)} stopping={self.is_stopping}>"
+
+    def statistics(self) -> Http1Statistics:
+        return Http1Statistics(
+            sockets=len(self.protocols),
+            idle=sum(protocol.phase is Phase.HEAD for protocol in self.protocols),
+            accepted_total=self.accepted_count,
+            requests_total=self.request_count,
+            bad_requests_total=self.bad_request_count,
+            timeouts_total=self.timeout_count,
+            dropped_total=self.dropped_count,
+        )
+
+    def stop(self) -> None:
+        """Close sockets that wait for a request, at once; the others when their exchange is over."""
+        self.is_stopping = True
+        for protocol in list(self.protocols):
+            protocol.stop()
+
+    def abort(self) -> None:
+        """Drop every socket that is left."""
+        for protocol in list(self.protocols):
+            protocol.abort()
+
+    # Called by Twisted
+
+    def buildProtocol(self, addr: Any) -> Http1Protocol:  # type: ignore[override]
+        return Http1Protocol(self)
+
+
+class HttpClient:
+    """One request. Implements ``client.Client``."""
+
+    __slots__ = ("_asked_at", "_is_logged", "_peer", "_protocol", "connection", "exchange", "head")
+
+    def __init__(self, protocol: Http1Protocol, head: RequestHead, exchange: HttpExchange, peer: Peer) -> None:
+        self.head = head
+        self.exchange = exchange
+        self.connection: Connection | None = None  # until Connections.open has returned it
+        self._protocol: Http1Protocol | None = protocol  # None when the exchange is over
+        self._peer = peer  # as the application sees it
+        self._asked_at = protocol.factory.clock()
+        self._is_logged = False
+
+    def __repr__(self) -> str:
+        return f"<HttpClient {self.head.method} {self.head.raw_path!r} {self.exchange!r}>"
+
+    def detach(self) -> None:
+        """The socket has no use for this client any more."""
+        self._protocol = None
+
+    # Called by the Connection
+
+    def application_event(self, event: dict[str, Any]) -> None:
+        exchange = self.exchange
+        self._carry_out(exchange.apply(event))
+        if event["type"] == "http.response.start" and exchange.takes_groups and self.connection is not None:
+            self.connection.accept_broadcasts()
+
+    def send_broadcast(self, broadcast: Broadcast) -> None:
+        """A ``websocket.send`` of a group that this connection is a member of: it means nothing here."""
+        if self._protocol is not None:
+            self._protocol.factory.dropped_count += 1
+
+    def application_receiving(self) -> None:
+        self._carry_out(self.exchange.apply_receiving())
+
+    def application_ended(self, outcome: Outcome) -> None:
+        self._carry_out(self.exchange.apply_ended(outcome))
+
+    def refused(self, refusal: Refusal) -> None:
+        self._carry_out(self.exchange.apply_refused(refusal))
+
+    def pause_reading(self) -> None:
+        if self._protocol is not None:
+            self._protocol.application_is_full(True)
+
+    def resume_reading(self) -> None:
+        if self._protocol is not None:
+            self._protocol.application_is_full(False)
+
+    def buffered_bytes(self) -> int:
+        return 0 if self._protocol is None else self._protocol.buffered_bytes()
+
+    # Called by the protocol
+
+    def bad_request(self, failure: BadRequest) -> None:
+        """The body of the request cannot be read."""
+        if self.connection is not None:
+            self.connection.client_gone(_DISCONNECT)
+        self._carry_out(self.exchange.apply_bad_request(failure.status, failure.reason))
+
+    def gone(self) -> None:
+        """The client is gone."""
+        self._protocol = None
+        if self.connection is not None:
+            self.connection.client_gone(_DISCONNECT)
+
+    def _carry_out(self, output: Output) -> None:
+        protocol = self._protocol
+        if protocol is None:
+            return
+        data, end, problem = output
+        if problem is not None:
+            _LOGGER.error("%s (%s %s)", problem, self.head.method, ascii(self.head.raw_path)[2:-1][:200])
+        if self.exchange.is_written and not self._is_logged:
+            self._log()
+        if end is not None:
+            self._protocol = None
+        if data:
+            protocol.write(data)
+        if end is not None:
+            protocol.factory.dropped_count += self.exchange.dropped_count
+            if self.connection is not None:
+                self.connection.finished(_DISCONNECT)
+            protocol.exchange_over(end)
+
+    def _log(self) -> None:
+        self._is_logged = True
+        protocol = self._protocol
+        assert protocol is not None
+        log = protocol.factory.access_log
+        if log.enabled and self.exchange.status is not None:
+            head = self.head
+            log.http(
+                client=self._peer.client,
+                method=head.method,
+                raw_path=head.raw_path,
+                query_string=head.query_string,
+                http_version=head.http_version,
+                status=self.exchange.status,
+                application_s=protocol.factory.clock() - self._asked_at,
+            )
+
+
+@implementer(IHalfCloseableProtocol, IPushProducer)
+class Http1Protocol(Protocol):
+    """One client socket."""
+
+    transport: Any
+    factory: Http1Factory
+
+    def __init__(self, factory: Http1Factory) -> None:
+        self.factory = factory
+        self.phase = Phase.HEAD
+        self.deadline_tick: int | None = None  # of Deadlines
+        self._reader = RequestReader(factory.limits)
+        self._client: HttpClient | None = None  # in EXCHANGE
+        self._websocket: WebSocketClient | None = None  # in UPGRADED
+        self._peer = Peer(client=None, server=None)  # known from connectionMade on
+        self._trusts_peer = False  # what it says about the client in headers
+        self._descriptor = -1  # of the socket, for the end watch
+        self._is_advancing = False  # _advance is on the stack; what changes meanwhile it will see
+        self._is_reading = True  # the transport is
+        self._read_ended = False  # the client has ended its sending side
+        self._application_is_full = False  # its window for the body is used up
+        self._writing_paused = False  # the transport's buffer is full
+        self._is_first = True  # no request has been read yet
+        self._waits_for_head = False  # its deadline is that of a head that has begun
+        self._dropped_bytes = 0  # in DRAIN, LINGER
+        self._unwritten_bytes = 0  # in LINGER and CLOSED, at the last deadline
+
+    def __repr__(self) -> str:
+        return (
+            f"<Http1Protocol {self.phase.name} {self._peer.client} {self._reader!r} reading={self._is_reading} "
+            f"read_ended={self._read_ended} writing_paused={self._writing_paused} {self._client!r}>"
+        )
+
+    # Called by Twisted
+
+    def connectionMade(self) -> None:
+        transport, factory = self.transport, self.factory
+        factory.protocols.add(self)
+        factory.accepted_count += 1
+        self._peer = _build_peer(transport)
+        proxies = factory.proxy_headers
+        self._trusts_peer = proxies is not None and proxies.trusts(self._peer)
+        if self._peer.client is not None:
+            # We write whole responses; Nagle would hold the last packet of a stream back for the client's ACK.
+            transport.setTcpNoDelay(True)
+        handle = transport.getHandle()
+        if handle is not None:
+            self._descriptor = handle.fileno()
+        transport.registerProducer(self, True)
+        factory.deadlines.arm(self, factory.settings.header_timeout_s)
+        if factory.is_stopping:
+            self._close()
+
+    def dataReceived(self, data: bytes) -> None:
+        phase = self.phase
+        if phase is Phase.UPGRADED:
+            assert self._websocket is not None
+            self._websocket.data_received(data)
+        elif phase is Phase.LINGER:
+            self._dropped_bytes += len(data)
+            if self._dropped_bytes > _LINGER_BYTES_MAX:
+                self._update_reading()
+        elif phase is not Phase.CLOSED:
+            self._reader.feed(data)
+            self._advance()
+
+    def readConnectionLost(self) -> None:
+        """The client has ended its sending side."""
+        self._read_ended = True
+        if self.phase is Phase.UPGRADED:
+            # A WebSocket ends with Close frames; one that ends like this has no more to say or to hear.
+            self._lose_websocket()
+            self._close()
+        elif self.phase is Phase.LINGER:
+            self._close()
+        elif self.phase is not Phase.CLOSED:
+            self._advance()
+            if self.phase is Phase.EXCHANGE:
+                self._watch_end()
+                _probe(self.transport)
+
+    def writeConnectionLost(self) -> None:
+        """Our side is ended, as ``_linger`` wanted: everything is written. Now the client's end is awaited."""
+        if self.phase is Phase.LINGER:
+            self._unwritten_bytes = 0
+            self.factory.deadlines.arm(self, _LINGER_TIMEOUT_S)
+
+    def connectionLost(self, reason: Any = None) -> None:
+        factory = self.factory
+        self.phase = Phase.CLOSED
+        factory.protocols.discard(self)
+        factory.deadlines.disarm(self)
+        if factory.end_watch is not None and self._descriptor >= 0:
+            factory.end_watch.discard(self._descriptor)
+        client, self._client = self._client, None
+        if client is not None:
+            client.gone()
+        self._lose_websocket()
+
+    def pauseProducing(self) -> None:
+        """The transport's buffer is full."""
+        self._writing_paused = True
+        if self._websocket is not None:
+            self._websocket.pause_producing()
+        elif self._client is not None and self._client.connection is not None:
+            self._client.connection.pause_delivery()
+
+    def resumeProducing(self) -> None:
+        """The transport's buffer is empty."""
+        self._writing_paused = False
+        if self._websocket is not None:
+            self._websocket.resume_producing()
+        elif self._client is not None and self._client.connection is not None:
+            self._client.connection.resume_delivery()
+
+    def stopProducing(self) -> None:
+        """The transport is gone; connectionLost follows."""
+
+    # Called by Deadlines
+
+    def deadline_reached(self) -> None:
+        phase = self.phase
+        self.factory.timeout_count += phase in (Phase.HEAD, Phase.EXCHANGE)
+        if phase is Phase.HEAD:
+            if self._reader.buffered_bytes:
+                self._refuse(BadRequest(408, "the request did not come in time"))
+            else:
+                self._close()
+        elif phase is Phase.EXCHANGE:
+            assert self._client is not None
+            self._client.bad_request(BadRequest(408, "the rest of the body did not come in time"))
+        elif phase is Phase.DRAIN:
+            self._close()
+        elif phase is Phase.LINGER or phase is Phase.CLOSED:
+            unwritten = self.buffered_bytes()
+            if 0 < unwritten < self._unwritten_bytes:
+                self._unwritten_bytes = unwritten
+                self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
+            else:
+                self.abort()
+
+    # Called by Http1Factory
+
+    def stop(self) -> None:
+        """Serve no further request."""
+        if self.phase is Phase.HEAD:
+            self._close()
+        elif self._client is not None:
+            self._client.exchange.close_after()
+
+    def abort(self) -> None:
+        """Drop the socket; the application gets its disconnect now."""
+        self.phase = Phase.CLOSED
+        client, self._client = self._client, None
+        if client is not None:
+            client.gone()
+        self._lose_websocket()
+        self.transport.abortConnection()
+
+    # Called by HttpClient
+
+    def write(self, data: Any) -> None:
+        if len(data) == 1:
+            self.transport.write(data[0])
+        else:
+            self.transport.writeSequence(data)
+
+    def buffered_bytes(self) -> int:
+        """Bytes that the kernel has not taken. Twisted has no name for them; 0 where they cannot be counted."""
+        transport = self.transport
+        try:
+            return len(transport.dataBuffer) - int(transport.offset) + int(transport._tempDataLen)
+        except AttributeError:
+            return 0
+
+    def application_is_full(self, is_full: bool) -> None:
+        self._application_is_full = is_full
+        if is_full:
+            self._update_reading()
+        else:
+            self._advance()
+
+    def exchange_over(self, end: End) -> None:
+        """The response is written (to the transport), or will never be."""
+        self._client = None
+        self._application_is_full = False
+        if end is End.RESET:
+            self.abort()
+        elif end is End.KEEP and not self.factory.is_stopping:
+            self.phase = Phase.HEAD if self._reader.body_is_complete else Phase.DRAIN
+            self._dropped_bytes = 0
+            self._advance()
+        else:
+            self._finish()
+
+    # Reading
+
+    def _advance(self) -> None:
+        """Take one step after the other until bytes, the application or the response is needed."""
+        if self._is_advancing:
+            return
+        self._is_advancing = True
+        try:
+            while self._step():
+                pass
+        finally:
+            self._is_advancing = False
+        self._update_reading()
+
+    def _step(self) -> bool:
+        phase = self.phase
+        if phase is Phase.EXCHANGE:
+            if self._application_is_full or self._reader.body_is_complete:
+                return False
+        elif phase is not Phase.HEAD and phase is not Phase.DRAIN:
+            return False
+        try:
+            event = self._reader.next_event()
+            if isinstance(event, RequestStart):
+                self._begin(event)
+                return True
+        except BadRequest as failure:
+            self._failed(failure)
+            return False
+        if event is None:
+            self._wait()
+            return False
+        if phase is Phase.EXCHANGE:
+            self._relay(event)
+        else:
+            self._dropped_bytes += len(event.data)
+            if self._dropped_bytes > _DRAIN_BYTES_MAX:
+                self._finish()
+            elif event.is_last:
+                self.phase = Phase.HEAD
+        return True
+
+    def _wait(self) -> None:
+        """Nothing more can be done until the client sends something: at most so long."""
+        factory = self.factory
+        settings = factory.settings
+        phase = self.phase
+        if self._read_ended:
+            if phase is Phase.EXCHANGE:
+                self.abort()  # it will never send the rest of its body
+            else:
+                self._close()
+        elif phase is Phase.HEAD:
+            if self._reader.buffered_bytes:
+                if not self._waits_for_head:
+                    # Once for a head: a byte now and then buys no time (slowloris).
+                    self._waits_for_head = True
+                    if not self._is_first:
+                        factory.deadlines.arm(self, settings.header_timeout_s)
+            elif not self._is_first and not self._waits_for_head:
+                factory.deadlines.arm(self, settings.keep_alive_timeout_s)
+        elif phase is Phase.DRAIN:
+            factory.deadlines.arm(self, settings.header_timeout_s)
+        elif settings.body_timeout_s > 0:
+            factory.deadlines.arm(self, settings.body_timeout_s)
+
+    def _begin(self, start: RequestStart) -> None:
+        """A request has come; ask for an application."""
+        factory = self.factory
+        factory.deadlines.disarm(self)
+        factory.request_count += 1
+        self._is_first = self._waits_for_head = False
+        head, reader = start.head, self._reader
+        peer = self._peer
+        if self._trusts_peer:
+            assert factory.proxy_headers is not None
+            peer = factory.proxy_headers.decide(peer, head.headers)
+        if start.wants_upgrade and is_websocket_upgrade(head):
+            self._upgrade(head, peer)
+            return
+        first: BodyPiece | None = None
+        if not reader.body_is_complete:
+            event = reader.next_event()  # BadRequest here: nobody has been asked yet
+            assert event is None or isinstance(event, BodyPiece)
+            first = event
+        exchange = HttpExchange(
+            method=head.method,
+            http_version=head.http_version,
+            keep_alive=start.keep_alive and not factory.is_stopping and factory.settings.keep_alive_timeout_s > 0,
+            expects_continue=start.expects_continue and first is None,
+            request_is_complete=reader.body_is_complete,
+            server_headers=factory.server_headers,
+        )
+        client = HttpClient(self, head, exchange, peer)
+        self._client = client
+        self.phase = Phase.EXCHANGE
+        first_event: dict[str, Any] | None = None
+        if start.body_bytes == 0:
+            first_event = _NO_BODY
+        elif first is not None and len(first.data) <= FIRST_BODY_BYTES_MAX:
+            first_event = {"type": "http.request", "body": first.data, "more_body": not first.is_last}
+            first = None
+        connection = factory.connections.open(
+            client,
+            protocol="http",
+            scope=build_http_scope(head, peer, root_path=factory.settings.root_path),
+            first_event=first_event,
+            tell_receiving=start.expects_continue and first is None and first_event is None,
+        )
+        client.connection = connection
+        if self._writing_paused:  # by the response before
+            connection.pause_delivery()
+        if first is not None:
+            connection.send_event({"type": "http.request", "body": first.data, "more_body": not first.is_last})
+
+    def _relay(self, piece: BodyPiece) -> None:
+        client = self._client
+        assert client is not None
+        assert client.connection is not None
+        exchange = client.exchange
+        exchange.apply_body_begun()
+        if piece.is_last:
+            exchange.request_is_complete = True
+            self.factory.deadlines.disarm(self)
+        client.connection.send_event({"type": "http.request", "body": piece.data, "more_body": not piece.is_last})
+
+    def _upgrade(self, head: RequestHead, peer: Peer) -> None:
+        factory = self.factory
+        self.phase = Phase.UPGRADED
+        rest = self._reader.take_rest()
+        websocket = factory.websockets.upgrade(head, peer=peer, transport=self.transport)
+        self._websocket = websocket
+        self._watch_end()
+        if self._writing_paused:
+            websocket.pause_producing()
+        if rest:
+            websocket.data_received(rest)
+        if self._read_ended:
+            self.readConnectionLost()
+
+    def _failed(self, failure: BadRequest) -> None:
+        if self.phase is Phase.HEAD:
+            self._refuse(failure)
+        elif self.phase is Phase.EXCHANGE:
+            self.factory.bad_request_count += 1
+            assert self._client is not None
+            self._client.bad_request(failure)
+        else:
+            self._finish()
+
+    def _refuse(self, failure: BadRequest) -> None:
+        """Answer a request that nobody was asked about."""
+        factory = self.factory
+        factory.bad_request_count += 1
+        _LOGGER.info("refused a request of %s: %s", self._peer.client or "a unix socket", failure)
+        response = build_plain_response(
+            failure.status, failure.reason, server_headers=factory.server_headers, keep_alive=False
+        )
+        self.transport.write(response)
+        self._linger()
+
+    def _update_reading(self) -> None:
+        """Read the socket, or do not, as the state demands."""
+        if self._read_ended:
+            return  # Twisted would report the end again
+        phase = self.phase
+        if phase is Phase.EXCHANGE:
+            reader = self._reader
+            wanted = not self._application_is_full and not (
+                reader.body_is_complete and reader.buffered_bytes > _PIPELINED_BYTES_MAX
+            )
+        elif phase is Phase.LINGER:
+            wanted = self._dropped_bytes <= _LINGER_BYTES_MAX
+        elif phase is Phase.HEAD or phase is Phase.DRAIN:
+            wanted = True
+        else:
+            return
+        if wanted is self._is_reading:
+            return
+        self._is_reading = wanted
+        if wanted:
+            self.transport.resumeProducing()
+        else:
+            # A client's silence is not its fault while we do not listen.
+            if phase is Phase.EXCHANGE:
+                self.factory.deadlines.disarm(self)
+            self._watch_end()
+            self.transport.pauseProducing()
+
+    # Ending
+
+    def _finish(self) -> None:
+        """Close behind the response."""
+        if self._read_ended or (self._reader.body_is_complete and not self._reader.buffered_bytes):
+            self._close()
+        else:
+            self._linger()
+
+    def _linger(self) -> None:
+        """End our side, and give the client time to read the answer before the socket is closed."""
+        if self._read_ended or not hasattr(self.transport, "loseWriteConnection"):
+            self._close()
+            return
+        self.phase = Phase.LINGER
+        self._dropped_bytes = 0
+        self._reader.take_rest()
+        self._unwritten_bytes = self.buffered_bytes() + 1
+        self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
+        # With a producer registered Twisted would not end its side before that was done.
+        self.transport.unregisterProducer()
+        self.transport.loseWriteConnection()
+        self._update_reading()
+
+    def _close(self) -> None:
+        """Close when everything is written."""
+        self.phase = Phase.CLOSED
+        self.transport.unregisterProducer()
+        self._unwritten_bytes = self.buffered_bytes() + 1
+        self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
+        self.transport.loseConnection()
+
+    def _lose_websocket(self) -> None:
+        websocket, self._websocket = self._websocket, None
+        if websocket is not None:
+            websocket.connection_lost()
+
+    # The end of a socket that is not read
+
+    def _watch_end(self) -> None:
+        watch = self.factory.end_watch
+        if watch is not None and self._descriptor >= 0:
+            watch.add(self._descriptor, self._end_noticed)
+
+    def _end_noticed(self, is_reset: bool) -> None:
+        if is_reset:
+            self.abort()
+        elif self.phase is Phase.EXCHANGE and not self._is_reading and not self._read_ended:
+            # The client sends no more, and what it sent is not read yet. Is its body complete in there?
+            if self._reader.body_bytes_missing > unread_bytes(self._descriptor):
+                self.abort()
+            else:
+                _probe(self.transport)
+
+
+def _build_peer(transport: Any) -> Peer:
+    client, server = transport.getPeer(), transport.getHost()
+    is_tls = bool(ISSLTransport.providedBy(transport))
+    if isinstance(server, UNIXAddress):
+        name = server.name
+        path = None if name is None else name.decode("utf-8", "replace")
+        return Peer(client=None, server=None if path is None else (path, None), tls=is_tls)
+    return Peer(client=(client.host, client.port), server=(server.host, server.port), tls=is_tls)
+
+
+def _probe(transport: Any) -> None:
+    """Have the kernel ask a silent client whether it is still there. Without an answer the socket is reset."""
+    handle = transport.getHandle()
+    if handle is None or handle.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), _KEEP_ALIVE_PROBES, strict=True):
+        option = getattr(socket, name, None)  # not every system has all of them
+        if option is not None:
+            handle.setsockopt(socket.IPPROTO_TCP, option, value)
