@@ -206,8 +206,8 @@ class BlockingReader:
             await asyncio.shield(self._ending)
         self._state = ReaderState.CLOSED
         if self._connection is not None:
-            self._connection.give_up(f"{self!r}")
-            self._connection = None
+            connection, self._connection = self._connection, None
+            await connection.disconnect(f"{self!r}")
         self._broker.forget_reader(self)
 
     # Connecting
@@ -232,7 +232,7 @@ class BlockingReader:
                 raise connection.lost_reason
         except BaseException:
             if connection is not None:
-                connection.give_up(f"{self!r}: connecting ended")
+                await connection.disconnect(f"{self!r}: connecting ended")
             if self._state is ReaderState.CONNECTING:
                 self._state = ReaderState.DISCONNECTED
             raise

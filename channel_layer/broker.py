@@ -270,7 +270,7 @@ class Broker:
         if self._connection is not None:
             connection, self._connection = self._connection, None
             connection.on_lost = None
-            connection.give_up(str(self._lost_reason))
+            await connection.disconnect(str(self._lost_reason))
         if self._reconnecting is not None:
             self._reconnecting.cancel()
             await asyncio.wait((self._reconnecting,))
@@ -292,13 +292,13 @@ class Broker:
                 lineage = await self._prepare(connection, replication)
         except TimeoutError as error:
             reason = f"broker {self._address} did not answer within {self._address.connect_timeout_s:g} s"
-            connection.give_up(reason)
+            await connection.disconnect(reason)
             raise BrokerUnavailable(reason) from error
         except BrokerError as error:
-            connection.give_up(str(error))
+            await connection.disconnect(str(error))
             raise BrokerUnsuitable(f"broker {self._address} refuses a command that is needed: {error}") from error
         except BaseException as error:
-            connection.give_up(f"connecting to broker {self._address} ended: {error!r}")
+            await connection.disconnect(f"connecting to broker {self._address} ended: {error!r}")
             raise
         return connection, lineage
 

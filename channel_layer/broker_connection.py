@@ -104,6 +104,7 @@ class BrokerConnection(asyncio.Protocol):
         "_collected",
         "_collected_bytes",
         "_counters",
+        "_gone",
         "_heard_at",
         "_is_write_paused",
         "_loop",
@@ -127,6 +128,7 @@ class BrokerConnection(asyncio.Protocol):
         self._silence_timeout_s = silence_timeout_s
         self._counters = counters
         self._transport: asyncio.Transport | None = None
+        self._gone: asyncio.Future[None] = loop.create_future()  # done when the socket is closed
         self._reader = hiredis.Reader(notEnoughData=_NO_ANSWER)
         self._waiting: deque[Answer] = deque()  # in the order of writing; UNANSWERED_COMMANDS_MAX
         self._collected: list[bytes] = []  # commands of this tick; UNWRITTEN_BYTES_MAX
@@ -255,6 +257,12 @@ class BrokerConnection(asyncio.Protocol):
         """End the connection at once; unanswered commands fail and may or may not have been carried out."""
         self._end(BrokerUnavailable(reason))
 
+    async def disconnect(self, reason: str) -> None:
+        """give_up(), and wait until the socket is closed, which takes the loop a turn or two."""
+        self.give_up(reason)
+        if self._transport is not None:
+            await asyncio.shield(self._gone)
+
     def _end(self, reason: BrokerUnavailable) -> None:
         if self.lost_reason is not None:
             return
@@ -275,7 +283,7 @@ class BrokerConnection(asyncio.Protocol):
     # Called by asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's are transports, but not by inheritance
         transport.set_write_buffer_limits(high=UNWRITTEN_BYTES_MAX, low=UNWRITTEN_BYTES_MAX // 2)
         self._transport = transport
 
@@ -317,6 +325,7 @@ class BrokerConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(BrokerUnavailable(f"connection to broker {self._name} was lost: {exc or 'closed by the broker'}"))
+        self._gone.set_result(None)
 
     def pause_writing(self) -> None:
         self._is_write_paused = True
@@ -424,15 +433,16 @@ async def open_connection(
             connection.server = await _log_in(connection, address, client_name)
     except TimeoutError as error:
         reason = f"broker {address} did not answer within {address.connect_timeout_s:g} s"
-        connection.give_up(reason)
+        await connection.disconnect(reason)
         raise BrokerUnavailable(reason) from error
     except OSError as error:
+        await connection.disconnect(f"connecting to broker {address} ended: {error!r}")
         if isinstance(error, BrokerUnavailable):  # which is a ConnectionError: from _log_in
             raise
         what = "does not pass the TLS check" if isinstance(error, ssl.SSLError) else "is not reachable"
         raise BrokerUnavailable(f"broker {address} {what}: {error}") from error
     except BaseException as error:
-        connection.give_up(f"connecting to broker {address} ended: {error!r}")
+        await connection.disconnect(f"connecting to broker {address} ended: {error!r}")
         raise
     return connection
 
