@@ -28,6 +28,7 @@ from channel_layer.errors import WireError
 from channel_layer.frames import WIRE_VERSION
 
 __all__ = [
+    "MAIL_CAPACITY",
     "Letter",
     "LetterKind",
     "build_group_add",
@@ -38,6 +39,10 @@ __all__ = [
     "build_probe",
     "decode_letter",
 ]
+
+# Letters of groups, requests and answers in a process's mail; one more is dropped and counted by its sender. More
+# than the 100 of a channel, because all groups share one mail, and a process handles a thousand in some 20 ms.
+MAIL_CAPACITY: Final = 1000
 
 
 class LetterKind(IntEnum):

@@ -1,0 +1,229 @@
+"""Sending from a script: plain calls, no event loop, no thread, one connection.
+
+    with Publisher("redis://localhost:6379") as publisher:
+        publisher.group_send("room", {"type": "websocket.send", "text": "hello"})
+
+For cron jobs, shells, Celery tasks and whatever else only sends. It writes what RedisChannelLayer writes: elements
+of normal channels, and letters (mail.py) for process-local channels and for the processes that hold members of a
+group. It never receives and never joins a group. redis-py does the talking, with its retries switched off: a push
+that was written is not written again, since the first one may have been carried out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+import redis
+from redis.backoff import NoBackoff
+from redis.connection import parse_url
+from redis.exceptions import NoScriptError
+from redis.retry import Retry
+
+from channel_layer import mail, scripts
+from channel_layer.base import Message
+from channel_layer.broker_url import parse_broker_url
+from channel_layer.capacity import Capacities
+from channel_layer.channels_compat import channel_full
+from channel_layer.codec import encode_message
+from channel_layer.errors import BrokerError, BrokerUnavailable
+from channel_layer.messages import CAPACITY_DEFAULT, EXPIRY_DEFAULT_S, check_seconds
+from channel_layer.names import Keys, check_channel_name, check_group_name, non_local_name, process_of
+
+__all__ = ["Publisher", "PublisherStatistics"]
+
+# Longest wait for an answer, unless the URL has ?socket_timeout=. A broker that says nothing for so long is as good
+# as unreachable to a script: BrokerUnavailable.
+_SOCKET_TIMEOUT_S: Final = 5.0
+_TURN_TIMEOUT_S: Final = 30.0
+# group_send writes at most so much before it reads answers: redis-py joins a pipeline into one piece of memory.
+_PORTION_BYTES_MAX: Final = 8 * 1024 * 1024
+_PORTION_COUNT_MAX: Final = 500
+
+# redis-py leaves these two without types.
+_parse_url: Callable[[str], Mapping[str, Any]] = parse_url
+_make_pool: Callable[..., redis.BlockingConnectionPool] = redis.BlockingConnectionPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublisherStatistics:
+    """What a Publisher has done since it was made."""
+
+    sent_count: int  # messages of send() that the broker stored
+    full_count: int  # messages of send() refused with ChannelFull
+    group_sent_count: int  # calls of group_send()
+    letter_count: int  # messages of group_send() stored in the mail of a process
+    mail_full_count: int  # messages of group_send() dropped, as the mail of a process was full
+
+
+class Publisher:
+    """``send`` and ``group_send`` as plain calls. Connects at the first call; usable from several threads in turn."""
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        prefix: str | None = None,
+        expiry: float = EXPIRY_DEFAULT_S,
+        capacity: int = CAPACITY_DEFAULT,
+        channel_capacity: Mapping[Any, int] | None = None,
+        socket_timeout_s: float = _SOCKET_TIMEOUT_S,
+    ) -> None:
+        """``url`` and ``prefix`` come from TRUNKLINE_REDIS and TRUNKLINE_PREFIX where they are not given.
+
+        ``expiry``, ``capacity`` and ``channel_capacity`` mean what they mean for RedisChannelLayer. Raises
+        RuntimeError without a URL, and ValueError and TypeError, which name the option.
+        """
+        if url is None:
+            url = os.environ.get("TRUNKLINE_REDIS") or None
+        if url is None:
+            raise RuntimeError(
+                "no broker: give a URL or set TRUNKLINE_REDIS (for example TRUNKLINE_REDIS=redis://localhost:6379)"
+            )
+        if prefix is None:
+            prefix = os.environ.get("TRUNKLINE_PREFIX") or "trunkline"
+        self.expiry = check_seconds("expiry", expiry)
+        self._expiry_ms = max(1, round(self.expiry * 1000))
+        self._capacities = Capacities(capacity, channel_capacity)
+        self._keys = Keys(prefix)
+        self._address = parse_broker_url(url, socket_timeout_s=check_seconds("socket_timeout_s", socket_timeout_s))
+        options: dict[str, Any] = dict(_parse_url(url))
+        options.update(
+            socket_timeout=self._address.socket_timeout_s,
+            socket_connect_timeout=self._address.connect_timeout_s,
+            # Explicitly, since redis-py's default makes three copies of one push when the answers are late.
+            retry=Retry(NoBackoff(), 0),
+            retry_on_timeout=False,
+            retry_on_error=[],
+            client_name="trunkline:publisher",
+            decode_responses=False,
+            protocol=2,
+            # One connection: a second thread waits for it so long, then gets BrokerUnavailable. The pool notices a
+            # fork and makes a new one.
+            max_connections=1,
+            timeout=_TURN_TIMEOUT_S,
+        )
+        self._pool = _make_pool(**options)
+        self._redis = redis.Redis(connection_pool=self._pool)
+        self._is_closed = False
+        self._sent_count = 0
+        self._full_count = 0
+        self._group_sent_count = 0
+        self._letter_count = 0
+        self._mail_full_count = 0
+
+    def __repr__(self) -> str:
+        state = "closed" if self._is_closed else "open"
+        return f"<Publisher {self._address} prefix={self._keys.prefix} {state} sent={self._sent_count}>"
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def statistics(self) -> PublisherStatistics:
+        return PublisherStatistics(
+            sent_count=self._sent_count,
+            full_count=self._full_count,
+            group_sent_count=self._group_sent_count,
+            letter_count=self._letter_count,
+            mail_full_count=self._mail_full_count,
+        )
+
+    def close(self) -> None:
+        """Disconnect. Further calls raise RuntimeError."""
+        self._is_closed = True
+        self._pool.disconnect()
+
+    def send(self, channel: str, message: Message) -> None:
+        """Append a message to a channel; return when the broker has it.
+
+        Raises ChannelFull, MessageTooLarge, InvalidMessage, InvalidName (a TypeError), and BrokerUnavailable (a
+        ConnectionError): then the message may or may not have been stored.
+        """
+        check_channel_name(channel)
+        encoded = encode_message(message)
+        process = process_of(channel)
+        if process is None:
+            key, content = self._keys.normal(channel), encoded
+        else:
+            key, content = self._keys.mail(process), mail.build_message(channel, encoded)
+        capacity = self._capacities.of(channel)
+        (answer,) = self._run_scripts(scripts.PUSH, [(key, capacity, self._expiry_ms, content)])
+        if _stored_count(answer) < 1:
+            self._full_count += 1
+            raise channel_full(
+                f"channel {non_local_name(channel)!r} holds {capacity} messages, as many as its capacity allows"
+            )
+        self._sent_count += 1
+
+    def group_send(self, group: str, message: Message) -> None:
+        """Send a message to all channels of a group; return when it is in the mail of each process with members.
+
+        A process whose mail is full misses it; never raises ChannelFull. Otherwise raises what send() raises;
+        BrokerUnavailable then means that some processes may have it and others not.
+        """
+        check_group_name(group)
+        letter = mail.build_group_send(group, encode_message(message))
+        (processes,) = self._run_scripts(scripts.GROUP_MEMBERS, [(self._keys.group(group),)])
+        if isinstance(processes, redis.ResponseError):
+            raise BrokerError(str(processes)) from processes
+        portion = max(1, min(_PORTION_COUNT_MAX, _PORTION_BYTES_MAX // len(letter)))
+        failure: redis.ResponseError | None = None
+        for first in range(0, len(processes), portion):
+            calls: list[tuple[str | bytes | int, ...]] = [
+                (self._keys.mail(process.decode()), mail.MAIL_CAPACITY, self._expiry_ms, letter)
+                for process in processes[first : first + portion]
+            ]
+            for answer in self._run_scripts(scripts.PUSH, calls):
+                if isinstance(answer, redis.ResponseError):
+                    failure = answer  # the other processes get theirs all the same
+                elif _stored_count(answer):
+                    self._letter_count += 1
+                else:
+                    self._mail_full_count += 1
+        if failure is not None:
+            raise BrokerError(str(failure)) from failure
+        self._group_sent_count += 1
+
+    def _run_scripts(self, script: scripts.Script, calls: Sequence[tuple[str | bytes | int, ...]]) -> list[Any]:
+        """Run a script once for each call (its key, then its arguments), in one pipeline; answers or ResponseErrors.
+
+        Raises BrokerUnavailable.
+        """
+        if self._is_closed:
+            raise RuntimeError(f"{self!r} was closed")
+        try:
+            answers = self._pipeline(script, calls)
+            missing = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+            if missing:
+                # A broker that started anew, or a first call. Not carried out, so these may be sent again.
+                self._redis.script_load(script.source)
+                again = self._pipeline(script, [calls[index] for index in missing])
+                for index, answer in zip(missing, again, strict=True):
+                    answers[index] = answer
+        except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
+            raise BrokerUnavailable(f"broker {self._address}: {error}") from error
+        except redis.RedisError as error:
+            raise BrokerError(f"broker {self._address}: {error}") from error
+        return answers
+
+    def _pipeline(self, script: scripts.Script, calls: Sequence[tuple[str | bytes | int, ...]]) -> list[Any]:
+        with self._redis.pipeline(transaction=False) as pipeline:
+            for key, *arguments in calls:
+                pipeline.evalsha(script.sha1, 1, key, *arguments)
+            answers: list[Any] = pipeline.execute(raise_on_error=False)
+        return answers
+
+
+def _stored_count(answer: Any) -> int:
+    """The first element of push.lua's answer."""
+    if isinstance(answer, redis.ResponseError):
+        raise BrokerError(str(answer)) from answer
+    return int(answer[0])
