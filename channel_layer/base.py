@@ -21,8 +21,14 @@ class ChannelLayer(Protocol):
     """Named channels and groups; channel layer specification, C1-C22 in docs/conformance.md."""
 
     extensions: list[str]
-    ChannelFull: type[Exception]
-    MessageTooLarge: type[Exception]
+
+    @property
+    def ChannelFull(self) -> type[Exception]:
+        """What send() raises when the channel holds as many messages as its capacity allows."""
+
+    @property
+    def MessageTooLarge(self) -> type[Exception]:
+        """What send() raises for a message that the layer does not carry in one piece."""
 
     async def send(self, channel: str, message: Message) -> None:
         """Append a message to a channel; return when the broker has it.
@@ -81,7 +87,10 @@ class ProcessLayer(ChannelLayer, Protocol):
     """The layer of one interface server or worker, used on that process's own loop only."""
 
     process_id: str
-    broker_reachable: bool
+
+    @property
+    def broker_reachable(self) -> bool:
+        """False while the broker does not answer."""
 
     async def start(self, listener: ProcessListener, delivery: LocalDelivery | None = None) -> None:
         """Connect, take up the lease and read the inbox.

@@ -109,6 +109,7 @@ class ClientConnection:
         "broker_deadline",
         "channel",
         "epoch",
+        "is_counted",
         "number",
         "opening",
         "peer",
@@ -149,6 +150,7 @@ class ClientConnection:
         self._paused = False  # the client's transport is full
         self._accepting = False  # messages of groups may be delivered
         self._reading_paused = False  # we told the client to stop reading
+        self.is_counted = True  # among the open ones, until the client is gone
         self.broker_deadline: float | None = None  # set when it first waits for the broker
         self._delivering = False  # a call to the client is under way: what comes meanwhile queues behind it
         self._verdict: Outcome | Refusal | None = None  # in ENDING: what the client is told at last

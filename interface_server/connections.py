@@ -85,7 +85,7 @@ class Connections:
         self._last_number = 0
         # Every connection that frames may speak about. Bounded by the sockets, and the instances workers run.
         self._connections: dict[int, ClientConnection] = {}
-        # Those that have a client and may be members of groups, by reply channel.
+        # Those that may be members of groups, for they have a client and may have an owner, by reply channel.
         self._reply_channels: dict[str, ClientConnection] = {}
         self._peers: dict[str, set[ClientConnection]] = {}  # by the worker that owns them
         self._waiting_for_link: dict[str, set[ClientConnection]] = {}  # by the worker whose link is congested
@@ -266,13 +266,13 @@ class Connections:
     def stop(self) -> None:
         """New connections are refused from now on, WebSockets are closed (1012)."""
         self._is_stopping = True
-        for connection in list(self._reply_channels.values()):
+        for connection in list(self._connections.values()):
             if connection.protocol == "websocket":
                 self.dismiss(connection, Refusal.STOPPING)
 
     def cut(self) -> None:
         """End what is still open."""
-        for connection in list(self._reply_channels.values()):
+        for connection in list(self._connections.values()):
             self.dismiss(connection, Refusal.STOPPING)
 
     async def wait_idle(self, timeout_s: float) -> bool:
@@ -304,20 +304,21 @@ class Connections:
             self._remove(connection.channel, element)
 
     def left(self, connection: ClientConnection, peer: str | None) -> None:
-        """``connection`` has no client, or no owner, any more: it can be a member of no group."""
+        """``connection`` has lost its client or its owner, ``peer``: it can be a member of no group any more."""
         if peer is not None:
             owned = self._peers.get(peer)
             if owned is not None:
                 owned.discard(connection)
                 if not owned:
                     del self._peers[peer]
-        if self._reply_channels.pop(connection.reply_channel, None) is None:
-            return
-        self.layer.forget_channels((connection.reply_channel,))
-        self._open_count[connection.protocol] -= 1
-        if self._idle is not None and not self.open_count:
-            self._idle.set_result(None)
-            self._idle = None
+        if self._reply_channels.pop(connection.reply_channel, None) is not None:
+            self.layer.forget_channels((connection.reply_channel,))
+        if connection.is_counted and not connection.is_alive:
+            connection.is_counted = False
+            self._open_count[connection.protocol] -= 1
+            if self._idle is not None and not self.open_count:
+                self._idle.set_result(None)
+                self._idle = None
 
     def wait_for_link(self, connection: ClientConnection, peer: str) -> None:
         self._waiting_for_link.setdefault(peer, set()).add(connection)

@@ -132,6 +132,7 @@ class Http1Factory(Factory):
         )
         self.proxy_headers = ProxyHeaders(settings.forwarded_allow_ips) if settings.proxy_headers else None
         self.protocols: set[Http1Protocol] = set()  # until their sockets are gone
+        self.when_empty: Callable[[], None] | None = None  # called when the last socket is gone
         self.is_stopping = False
         self.accepted_count = 0
         self.request_count = 0
@@ -373,6 +374,8 @@ class Http1Protocol(Protocol):
         if client is not None:
             client.gone()
         self._lose_websocket()
+        if not factory.protocols and factory.when_empty is not None:
+            factory.when_empty()
 
     def pauseProducing(self) -> None:
         """The transport's buffer is full."""

@@ -213,7 +213,7 @@ def check_books(bench):
     alive = {connection.reply_channel for connection in known.values() if connection.is_alive}
     ending = {connection.reply_channel for connection in known.values() if connection.state is State.ENDING}
     assert set(connections._reply_channels) == alive - ending
-    assert connections.open_count == len(connections._reply_channels)
+    assert connections.open_count == len(alive)
     for peer, owned in connections._peers.items():
         assert owned
         assert all(connection.peer == peer for connection in owned)
@@ -1177,6 +1177,14 @@ async def test_stop_closes_websockets_and_lets_requests_finish(bench):
     assert not waiter.done()
     request.connection.finished()
     assert await waiter
+
+
+async def test_a_response_that_is_still_being_read_is_waited_for_and_then_cut(bench):
+    client = await bring_to(bench, State.ENDING)
+    assert not await bench.connections.wait_idle(0)
+    bench.connections.cut()
+    assert client.log == [Refusal.STOPPING]
+    assert await bench.connections.wait_idle(0)
 
 
 async def test_cut_ends_what_is_left(bench):

@@ -42,6 +42,7 @@ def test_every_field_but_the_url_has_a_default():
         ("ws_handshake_timeout_s", 0.0),
         ("broker_wait_s", -0.1),
         ("keep_alive_timeout_s", -1.0),
+        ("body_timeout_s", -1.0),
         ("ws_ping_interval_s", -1.0),
         ("ws_ping_timeout_s", -1.0),
         ("ws_close_timeout_s", -1.0),

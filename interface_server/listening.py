@@ -1,0 +1,81 @@
+"""The socket that clients connect to: inherited, bound to an address, or a unix socket.
+
+Under ``trunkline serve`` and ``trunkline interface`` the roof binds it and hands it down (``fd``); binding by
+ourselves is for whoever runs a single interface server from Python.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+from interface_server.settings import InterfaceSettings
+
+__all__ = ["describe", "open_listening_socket"]
+
+
+def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
+    """Return a listening socket. Raises OSError whose text names the address."""
+    if settings.fd is not None:
+        where = f"file descriptor {settings.fd}"
+    elif settings.uds is not None:
+        where = settings.uds
+    else:
+        where = f"{settings.host}:{settings.port}"
+    try:
+        listening = _open(settings)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(f"cannot listen on {where}: {reason}") from error
+    listening.setblocking(False)
+    return listening
+
+
+def describe(listening: socket.socket) -> str:
+    """The address in words: a URL, or the path of a unix socket."""
+    address = listening.getsockname()
+    if listening.family == socket.AF_UNIX:
+        return f"unix:{address}"
+    host = f"[{address[0]}]" if listening.family == socket.AF_INET6 else address[0]
+    return f"http://{host}:{address[1]}"
+
+
+def _open(settings: InterfaceSettings) -> socket.socket:
+    if settings.fd is not None:
+        # A copy: closing ours leaves the caller's alone.
+        listening = socket.socket(fileno=os.dup(settings.fd))
+        listening.listen(settings.backlog)
+        return listening
+    if settings.uds is not None:
+        return _open_unix(settings.uds, settings.backlog)
+    host = settings.host.removeprefix("[").removesuffix("]")
+    family, *_, address = socket.getaddrinfo(
+        host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    # "::" takes IPv4 as well, as people expect of "all addresses".
+    is_dual = family == socket.AF_INET6 and host in ("", "::") and socket.has_dualstack_ipv6()
+    return socket.create_server(
+        address[:2], family=family, backlog=settings.backlog, reuse_port=settings.reuse_port, dualstack_ipv6=is_dual
+    )
+
+
+def _open_unix(path: str, backlog: int) -> socket.socket:
+    """A socket nobody listens on any more is replaced; any other file is left alone."""
+    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                Path(path).unlink()
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(path)
+        # As uvicorn does: a proxy of another user must be able to connect.
+        os.chmod(path, 0o666)
+        listening.listen(backlog)
+    except OSError:
+        listening.close()
+        raise
+    return listening
