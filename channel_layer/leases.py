@@ -102,6 +102,10 @@ class LeaseKeeper:
         self._outage_count = 0
         # When the last successful renewal was *sent*, monotonic: the lease lives at least ttl_s from then.
         self.last_renewed: float | None = None
+        # How often this thread slept longer than a lease lives beyond what it wanted: the whole process was frozen
+        # (SIGSTOP, a suspended machine), and others may have found it dead meanwhile. A blocked loop or a broker that
+        # is away do not count.
+        self.absence_count = 0
 
     def __repr__(self) -> str:
         state = "running" if self._thread is not None and self._thread.is_alive() else "not running"
@@ -159,7 +163,10 @@ class LeaseKeeper:
             # From schedule to schedule, so that the time a renewal takes does not add up; but a process that was
             # stopped for a minute renews once, not a hundred times.
             next_renewal = max(next_renewal + self._period_s, time.monotonic() - self._period_s)
-            self._is_stopping.wait(max(0.0, next_renewal - time.monotonic()))
+            asleep_since = time.monotonic()
+            self._is_stopping.wait(max(0.0, next_renewal - asleep_since))
+            if (time.monotonic() - asleep_since) * 1000 > self._ttl_ms:
+                self.absence_count += 1
         try:
             if self._drop and not is_outage:
                 self._connection.execute("DEL", self._key)

@@ -6,7 +6,6 @@ Lives here: starting, stopping, killing, freezing and restarting one server. Doe
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import shutil
@@ -170,9 +169,9 @@ class BrokerServer:
         process, self.process = self.process, None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGCONT)  # a stopped process takes no SIGTERM
         process.send_signal(number)
+        if number != signal.SIGKILL:
+            process.send_signal(signal.SIGCONT)  # a frozen process takes no SIGTERM
         process.wait(timeout=10)
 
 

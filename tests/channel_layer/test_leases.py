@@ -1,0 +1,190 @@
+"""The lease thread against a real server."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import msgpack
+import pytest
+
+from channel_layer.errors import WireError
+from channel_layer.leases import Lease, LeaseKeeper, decode_lease, encode_lease
+from tests.servers import BrokerServer
+
+
+def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not come true"
+        time.sleep(0.005)
+
+
+def test_a_lease_is_renewed_and_dropped(any_broker_server: BrokerServer) -> None:
+    keeper = LeaseKeeper(any_broker_server.url, "lease", b"value", period_s=0.05, ttl_s=2.5)
+    assert keeper.last_renewed is None
+    with any_broker_server.client() as client:
+        keeper.start()
+        until(lambda: client.get("lease") == b"value")
+        client.pexpire("lease", 100)
+        until(lambda: client.pttl("lease") > 2000)
+        until(lambda: keeper.statistics().renewal_count >= 5)
+        assert keeper.last_renewed is not None
+        assert time.monotonic() - keeper.last_renewed < 1
+        assert keeper.statistics().is_running
+        keeper.stop()
+        assert client.exists("lease") == 0
+        assert not keeper.statistics().is_running
+        assert len(client.client_list()) == 1  # its connection is closed
+
+
+def test_a_lease_that_is_not_dropped_expires(broker_server: BrokerServer) -> None:
+    keeper = LeaseKeeper(broker_server.url, "lease", b"value", ttl_s=0.3)
+    with broker_server.client() as client:
+        keeper.start()
+        until(lambda: client.exists("lease"))
+        keeper.stop(drop=False)
+        assert client.exists("lease") == 1
+        until(lambda: not client.exists("lease"), timeout_s=2)
+
+
+def test_the_next_renewal_writes_the_new_value(broker_server: BrokerServer) -> None:
+    keeper = LeaseKeeper(broker_server.url, "lease", b"one", period_s=0.05)
+    with broker_server.client() as client:
+        keeper.start()
+        until(lambda: client.get("lease") == b"one")
+        keeper.update(b"two")
+        until(lambda: client.get("lease") == b"two")
+        keeper.stop()
+
+
+def test_the_period_is_kept(broker_server: BrokerServer) -> None:
+    keeper = LeaseKeeper(broker_server.url, "lease", b"value", period_s=0.1)
+    keeper.start()
+    until(lambda: keeper.statistics().renewal_count == 1)
+    started = time.monotonic()
+    until(lambda: keeper.statistics().renewal_count == 6)
+    assert 0.4 < time.monotonic() - started < 1.5
+    keeper.stop()
+
+
+def test_a_restarted_broker_gets_the_lease_back_within_a_second(
+    any_broker_server: BrokerServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = LeaseKeeper(any_broker_server.url, "lease", b"value")
+    keeper.start()
+    until(lambda: keeper.statistics().renewal_count)
+    any_broker_server.kill()
+    until(lambda: keeper.statistics().outage_count)
+    renewed = keeper.last_renewed
+    time.sleep(1.2)  # several tries, one line in the log
+    assert keeper.last_renewed == renewed
+    any_broker_server.start()
+    with any_broker_server.client() as client:
+        until(lambda: client.exists("lease"), timeout_s=1.5)
+    keeper.stop()
+    assert keeper.statistics().outage_count == 1
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_a_frozen_broker_is_an_outage_and_does_not_hold_stop(broker_server: BrokerServer) -> None:
+    errors: list[Exception] = []
+    is_outage = threading.Event()
+
+    def on_outage(error: Exception) -> None:
+        errors.append(error)
+        is_outage.set()
+
+    keeper = LeaseKeeper(broker_server.url, "lease", b"value", on_outage=on_outage)
+    keeper.start()
+    until(lambda: keeper.statistics().renewal_count)
+    broker_server.pause()
+    assert is_outage.wait(5)
+    started = time.monotonic()
+    keeper.stop()
+    assert time.monotonic() - started < 1.5
+    broker_server.resume()
+    assert len(errors) == 1
+    until(lambda: not keeper.statistics().is_running)
+
+
+def test_a_broker_that_is_not_there_at_the_start_is_an_outage(broker_server: BrokerServer) -> None:
+    broker_server.kill()
+    keeper = LeaseKeeper(broker_server.url, "lease", b"value")
+    keeper.start()
+    until(lambda: keeper.statistics().outage_count)
+    broker_server.start()
+    until(lambda: keeper.statistics().renewal_count)
+    keeper.stop()
+
+
+def test_a_refused_renewal_is_an_outage(broker_server: BrokerServer) -> None:
+    errors: list[Exception] = []
+    with broker_server.client() as client:
+        client.config_set("maxmemory", 1)
+        keeper = LeaseKeeper(broker_server.url, "lease", b"value", period_s=0.05, on_outage=errors.append)
+        keeper.start()
+        until(lambda: errors)
+        client.config_set("maxmemory", 0)
+        until(lambda: keeper.statistics().renewal_count)
+        keeper.stop()
+    assert str(errors[0]).startswith("OOM")
+    assert keeper.statistics().outage_count == 1
+
+
+def test_password_and_database(valkey_program: str) -> None:
+    with BrokerServer(valkey_program, tcp=True, password="pw") as server, server.client(db=3) as client:
+        keeper = LeaseKeeper(f"{server.url}/3", "lease", b"value")
+        keeper.start()
+        until(lambda: client.get("lease") == b"value")
+        keeper.stop()
+        errors: list[Exception] = []
+        wrong = LeaseKeeper(f"redis://:no@127.0.0.1:{server.port}", "lease", b"value", on_outage=errors.append)
+        wrong.start()
+        until(lambda: errors)
+        wrong.stop()
+        assert "WRONGPASS" in str(errors[0])
+
+
+def test_a_blocked_main_thread_costs_no_lease(broker_server: BrokerServer) -> None:
+    keeper = LeaseKeeper(broker_server.url, "lease", b"value", period_s=0.05)
+    keeper.start()
+    until(lambda: keeper.statistics().renewal_count)
+    count = keeper.statistics().renewal_count
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:  # pure Python that never waits, as an application's endless loop
+        pass
+    assert keeper.statistics().renewal_count >= count + 3
+    keeper.stop()
+
+
+def test_stop_without_start_and_a_second_start(broker_server: BrokerServer) -> None:
+    keeper = LeaseKeeper(broker_server.url, "lease", b"value")
+    keeper.stop()
+    keeper.start()
+    with pytest.raises(RuntimeError):
+        keeper.start()
+    keeper.stop()
+    with pytest.raises(RuntimeError):
+        keeper.start()
+
+
+def test_a_bad_url_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="scheme"):
+        LeaseKeeper("http://x", "lease", b"value")
+
+
+def test_lease_values() -> None:
+    lease = Lease(role="worker", version="0.1.0", load=3, room=100)
+    assert decode_lease(encode_lease(lease)) == lease
+    assert decode_lease(msgpack.packb(["worker", "9.9", 1, 2, "of a later release"])).version == "9.9"
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"\xc1", msgpack.packb({}), msgpack.packb(["worker"]), msgpack.packb(["worker", "1", True, 0])]
+)
+def test_malformed_lease_values(value: bytes) -> None:
+    with pytest.raises(WireError):
+        decode_lease(value)
