@@ -15,6 +15,8 @@ errors; each adapter does that where it calls the library, with ``raise … from
 
 from __future__ import annotations
 
+import reprlib
+
 __all__ = [
     "BrokerError",
     "BrokerUnavailable",
@@ -25,6 +27,7 @@ __all__ = [
     "InvalidName",
     "MessageTooLarge",
     "WireError",
+    "repr_short",
 ]
 
 
@@ -71,3 +74,8 @@ class BrokerError(ChannelLayerError):
 
 class WireError(ChannelLayerError, ValueError):
     """Bytes from the broker that this release cannot read; the text says what was expected."""
+
+
+def repr_short(value: object) -> str:
+    """Show what came over the wire in an error's text. repr() fails on the thousand levels that msgpack reads."""
+    return reprlib.repr(value)[:200]

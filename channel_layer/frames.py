@@ -46,7 +46,7 @@ from typing import Any, Final, NamedTuple
 
 import msgpack
 
-from channel_layer.errors import WireError
+from channel_layer.errors import WireError, repr_short
 
 __all__ = [
     "WIRE_VERSION",
@@ -193,14 +193,14 @@ def decode_blob(data: bytes) -> Blob:
     if not isinstance(fields, list) or not fields:
         raise WireError(f"link blob is a {type(fields).__name__}, expected an array")
     if fields[0] != WIRE_VERSION:
-        raise WireError(f"link blob has version {fields[0]!r}, this release reads {WIRE_VERSION}")
+        raise WireError(f"link blob has version {repr_short(fields[0])}, this release reads {WIRE_VERSION}")
     if len(fields) != 8:
         raise WireError(f"link blob has {len(fields)} fields, expected 8")
     _, kind, source, stream, sequence, ack_stream, ack, frames = fields
     known = _KINDS.get(kind) if type(kind) is int else None
     numbers_ok = all(type(n) is int and n >= 0 for n in (stream, sequence, ack_stream, ack))
     if known is None or type(source) is not str or not numbers_ok or type(frames) is not list:
-        raise WireError(f"link blob has a malformed head: {fields[:7]!r}")
+        raise WireError(f"link blob has a malformed head: {repr_short(fields[:7])}")
     for index, frame in enumerate(frames):
         _check_frame(frame, index)
     return Blob(known, source, stream, sequence, ack_stream, ack, frames)
@@ -208,7 +208,7 @@ def decode_blob(data: bytes) -> Blob:
 
 def _check_frame(frame: object, index: int) -> None:
     if type(frame) is not list or not frame or type(frame[0]) is not int:
-        raise WireError(f"frame {index} of a link blob has no kind: {frame!r:.80}")
+        raise WireError(f"frame {index} of a link blob has no kind: {repr_short(frame)}")
     expected = _FIELDS.get(frame[0])
     if expected is None:
         return  # a newer release's: the receiver counts it
@@ -218,7 +218,7 @@ def _check_frame(frame: object, index: int) -> None:
     ):
         if not expected:
             return
-        raise WireError(f"frame {index} of a link blob is malformed: {frame!r:.80}")
+        raise WireError(f"frame {index} of a link blob is malformed: {repr_short(frame)}")
 
 
 def build_claim(connection: int, epoch: int) -> bytes:

@@ -8,8 +8,9 @@ A letter stands behind the element's deadline (messages.split_element) and is a 
     GROUP_SEND     group, payload                deliver to your members of the group
     GROUP_ADD      group, channel, request, answer_to   take your channel into the group and answer
     GROUP_DISCARD  group, channel, request, answer_to   take it out and answer
-    GROUP_ANSWER   request, done                 the answer to the two above
+    GROUP_ANSWER   request, done                 the answer to GROUP_ADD, GROUP_DISCARD and FLUSH
     PROBE          token                         from the process to itself: does its own inbox work?
+    FLUSH          request, answer_to            forget what waits for you and your memberships, and answer
 
 ``payload`` is an encoded message (codec.py); ``answer_to`` is the process id that awaits the answer. A version
 that the reader does not know is a WireError; a kind that it does not know is returned as it is and the reader
@@ -24,13 +25,14 @@ from typing import Any, Final, NamedTuple
 
 import msgpack
 
-from channel_layer.errors import WireError
+from channel_layer.errors import WireError, repr_short
 from channel_layer.frames import WIRE_VERSION
 
 __all__ = [
     "MAIL_CAPACITY",
     "Letter",
     "LetterKind",
+    "build_flush",
     "build_group_add",
     "build_group_answer",
     "build_group_discard",
@@ -52,6 +54,7 @@ class LetterKind(IntEnum):
     GROUP_DISCARD = 4
     GROUP_ANSWER = 5
     PROBE = 6
+    FLUSH = 7
 
 
 class Letter(NamedTuple):
@@ -69,6 +72,7 @@ _FIELDS: Final[dict[int, tuple[type, ...]]] = {
     LetterKind.GROUP_DISCARD: (str, str, int, str),
     LetterKind.GROUP_ANSWER: (int, bool),
     LetterKind.PROBE: (int,),
+    LetterKind.FLUSH: (int, str),
 }
 
 
@@ -96,6 +100,10 @@ def build_probe(token: int) -> bytes:
     return _pack([WIRE_VERSION, int(LetterKind.PROBE), token])
 
 
+def build_flush(*, request: int, answer_to: str) -> bytes:
+    return _pack([WIRE_VERSION, int(LetterKind.FLUSH), request, answer_to])
+
+
 def decode_letter(data: bytes) -> Letter:
     """Decode and check a letter (without the deadline). Raises WireError, which names what was wrong."""
     try:
@@ -103,16 +111,16 @@ def decode_letter(data: bytes) -> Letter:
     except Exception as error:  # msgpack raises half a dozen unrelated types
         raise WireError(f"letter of {len(data)} bytes is not msgpack: {error!r}") from error
     if type(array) is not list or not array:
-        raise WireError(f"letter is not an array: {array!r:.80}")
+        raise WireError(f"letter is not an array: {repr_short(array)}")
     if array[0] != WIRE_VERSION:
-        raise WireError(f"letter has version {array[0]!r}, this release reads {WIRE_VERSION}")
+        raise WireError(f"letter has version {repr_short(array[0])}, this release reads {WIRE_VERSION}")
     if len(array) < 2 or type(array[1]) is not int:
-        raise WireError(f"letter has no kind: {array!r:.80}")
+        raise WireError(f"letter has no kind: {repr_short(array)}")
     kind, fields = array[1], array[2:]
     expected = _FIELDS.get(kind, ())
     # A later release may append fields, so only the known ones are checked.
     if len(fields) < len(expected) or any(
         type(field) is not wanted for field, wanted in zip(fields, expected, strict=False)
     ):
-        raise WireError(f"letter of kind {kind} is malformed: {fields!r:.80}")
+        raise WireError(f"letter of kind {kind} is malformed: {repr_short(fields)}")
     return Letter(kind, fields)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgpack
 
-from channel_layer.errors import WireError
+from channel_layer.errors import WireError, repr_short
 from channel_layer.frames import WIRE_VERSION
 
 __all__ = ["FIRST_BODY_BYTES_MAX", "Opening", "decode_opening", "encode_opening"]
@@ -65,7 +65,7 @@ def decode_opening(data: bytes) -> Opening:
     except Exception as error:  # msgpack raises half a dozen unrelated types
         raise WireError(f"opening of {len(data)} bytes is not msgpack: {error}") from error
     if not isinstance(fields, list) or len(fields) < 8 or fields[0] != WIRE_VERSION:
-        raise WireError(f"opening is not an array of version {WIRE_VERSION}: {fields!r:.80}")
+        raise WireError(f"opening is not an array of version {WIRE_VERSION}: {repr_short(fields)}")
     _, interface, connection, epoch, reply_channel, scope, first_event, tell_receiving = fields[:8]
     if (
         type(interface) is not str
@@ -76,7 +76,7 @@ def decode_opening(data: bytes) -> Opening:
         or not (first_event is None or type(first_event) is bytes)
         or type(tell_receiving) is not bool
     ):
-        raise WireError(f"opening has malformed fields: {fields[:5]!r:.200}")
+        raise WireError(f"opening has malformed fields: {repr_short(fields[:5])}")
     return Opening(
         interface=interface,
         connection=connection,

@@ -28,6 +28,7 @@ LETTERS: list[tuple[bytes, LetterKind, list[Any]]] = [
     (mail.build_group_answer(7, True), LetterKind.GROUP_ANSWER, [7, True]),
     (mail.build_group_answer(0, False), LetterKind.GROUP_ANSWER, [0, False]),
     (mail.build_probe(12345), LetterKind.PROBE, [12345]),
+    (mail.build_flush(request=7, answer_to="c1"), LetterKind.FLUSH, [7, "c1"]),
 ]
 
 
@@ -85,6 +86,13 @@ def test_a_kind_of_a_later_release_is_left_to_the_reader() -> None:
 def test_what_is_no_letter(value: Any, text: str) -> None:
     with pytest.raises(WireError, match=text):
         decode_letter(msgpack.packb(value))
+
+
+def test_a_deeply_nested_letter_is_a_wire_error() -> None:
+    nested = b"\x91" * 1000 + b"\xc0"
+    for data in (nested, b"\x92\x01" + nested, b"\x93\x01\x06" + nested, b"\x92" + nested + b"\x01"):
+        with pytest.raises(WireError):
+            decode_letter(data)
 
 
 @given(st.binary(max_size=200))
