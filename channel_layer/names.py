@@ -22,6 +22,7 @@ from channel_layer.errors import InvalidName
 
 __all__ = [
     "NAME_LENGTH_MAX",
+    "NORMAL_MEMBER_MARK",
     "Keys",
     "Role",
     "check_channel_name",
@@ -34,6 +35,10 @@ __all__ = [
 
 # Channel layer specification, "Channels and Messages": a maximum length of at least 100.
 NAME_LENGTH_MAX: Final = 100
+
+# In the registry of a group stand processes. A normal channel belongs to none, so its membership stands there
+# itself, behind this mark, which no process id begins with.
+NORMAL_MEMBER_MARK: Final = "#"
 
 Role = Literal["interface", "worker", "client"]
 _ROLE_LETTERS: Final[dict[Role, str]] = {"interface": "i", "worker": "w", "client": "c"}

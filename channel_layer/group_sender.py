@@ -1,0 +1,268 @@
+"""Sending to groups: one message per process, however many members it has.
+
+What is sent within one tick (and, under load, while the registry is asked) leaves together: one pipeline asks the
+registry about each distinct group once, a second one carries the messages. Lives here: that, in the order of the
+calls. Does not live here: who is a member (groups.py).
+
+    send() --> collected --> registry (group_members.lua, once a group) --> own members: delivered here
+                                                                        +-> linked processes, if we are one: a frame,
+                                                                        |   behind what the link was given before
+                                                                        +-> other processes: a letter in their mail
+                                                                        +-> a normal channel: its list
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Final
+
+from channel_layer import mail, scripts
+from channel_layer.broker import Broker
+from channel_layer.capacity import Capacities
+from channel_layer.errors import BrokerError, BrokerUnavailable
+from channel_layer.frames import build_group_send
+from channel_layer.inbox import ListWriter
+from channel_layer.names import NORMAL_MEMBER_MARK, Keys, is_linked
+
+__all__ = ["OUTAGE_WAIT_S", "GroupSender", "GroupSenderStatistics"]
+
+logger = logging.getLogger("trunkline.channel_layer")
+
+# How long a call waits for a broker that is away, before it raises BrokerUnavailable.
+OUTAGE_WAIT_S: Final = 10.0
+# Messages that wait for the registry, in bytes; a call beyond raises BrokerUnavailable at once. Only an outage, or
+# callers that do not wait for their calls, can fill it.
+_WAITING_BYTES_MAX: Final = 64 * 1024 * 1024
+# Groups of one portion of registry reads; the messages behind them come with the next.
+_GROUPS_MAX: Final = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSenderStatistics:
+    waiting: int
+    sent_count: int  # messages, each counted once
+    frame_count: int  # to linked processes
+    letter_count: int  # to the mail of others
+    congested_count: int  # dropped at a link that holds too much
+    full_count: int  # dropped at a full mail or normal channel
+    failed_count: int  # calls that raised BrokerUnavailable
+
+
+class _Sending:
+    """One call of group_send."""
+
+    __slots__ = ("encoded", "error", "future", "give_up_at", "group", "unanswered")
+
+    def __init__(self, group: str, encoded: bytes, future: asyncio.Future[None], give_up_at: float) -> None:
+        self.group = group
+        self.encoded = encoded
+        self.future = future
+        self.give_up_at = give_up_at
+        # Letters written and not answered, one more while they are being written.
+        self.unanswered = 1
+        self.error: Exception | None = None
+
+
+class GroupSender:
+    """The group_send of one process, on its loop."""
+
+    def __init__(
+        self,
+        *,
+        process_id: str,
+        keys: Keys,
+        broker: Broker,
+        writer: ListWriter,
+        loop: asyncio.AbstractEventLoop,
+        expiry_s: float,
+        capacities: Capacities,
+        members: Callable[[str], Collection[str]],
+        deliver: Callable[[Collection[str], bytes], None],
+        link_send: Callable[[str, bytes], bool] | None,
+        outage_wait_s: float = OUTAGE_WAIT_S,
+    ) -> None:
+        """``link_send`` queues a frame, False if the link holds too much; None in a process without links."""
+        self._process_id = process_id
+        self._keys = keys
+        self._broker = broker
+        self._writer = writer
+        self._loop = loop
+        self._expiry_ms = int(expiry_s * 1000)
+        self._capacities = capacities
+        self._members = members
+        self._deliver = deliver
+        self._link_send = link_send
+        self._outage_wait_s = outage_wait_s
+        self._waiting: deque[_Sending] = deque()
+        self._waiting_bytes = 0
+        self._draining: asyncio.Task[None] | None = None
+        self._sent_count = 0
+        self._frame_count = 0
+        self._letter_count = 0
+        self._congested_count = 0
+        self._full_count = 0
+        self._failed_count = 0
+
+    def __repr__(self) -> str:
+        return f"<GroupSender waiting={len(self._waiting)} sent={self._sent_count}>"
+
+    def statistics(self) -> GroupSenderStatistics:
+        return GroupSenderStatistics(
+            waiting=len(self._waiting),
+            sent_count=self._sent_count,
+            frame_count=self._frame_count,
+            letter_count=self._letter_count,
+            congested_count=self._congested_count,
+            full_count=self._full_count,
+            failed_count=self._failed_count,
+        )
+
+    async def send(self, group: str, encoded: bytes) -> None:
+        """Send to all members of ``group``; return when the message is on its way to each process.
+
+        Waits while the broker is away. Raises BrokerUnavailable. A call cancelled while it waits for the registry
+        sends nothing.
+        """
+        if self._waiting_bytes + len(encoded) > _WAITING_BYTES_MAX:
+            self._failed_count += 1
+            raise BrokerUnavailable(f"{len(self._waiting)} messages to groups wait for the broker already")
+        sending = _Sending(group, encoded, self._loop.create_future(), self._loop.time() + self._outage_wait_s)
+        self._waiting.append(sending)
+        self._waiting_bytes += len(encoded)
+        if self._draining is None:
+            self._draining = self._loop.create_task(self._drain())
+        await sending.future
+
+    async def close(self) -> None:
+        if self._draining is not None:
+            self._draining.cancel()
+            await asyncio.wait((self._draining,))
+        self._fail(list(self._waiting), BrokerUnavailable("the channel layer was closed"))
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    async def _drain(self) -> None:
+        try:
+            while self._waiting:
+                try:
+                    await self._send_batch()
+                except BrokerUnavailable as error:
+                    await self._wait_for_broker(error)
+        finally:
+            self._draining = None
+
+    async def _send_batch(self) -> None:
+        """Ask about the groups of what waits at the front, then send that. On BrokerUnavailable all still waits."""
+        reads: dict[str, asyncio.Future[Any]] = {}
+        count = 0
+        for sending in self._waiting:
+            if sending.group not in reads:
+                if len(reads) == _GROUPS_MAX:
+                    break
+                reads[sending.group] = self._broker.script(
+                    scripts.GROUP_MEMBERS, [self._keys.group(sending.group)], []
+                )
+            count += 1
+        answers = await asyncio.gather(*reads.values(), return_exceptions=True)
+        processes: dict[str, Any] = dict(zip(reads, answers, strict=True))
+        for answer in answers:
+            if isinstance(answer, BrokerUnavailable):
+                raise answer
+        for _ in range(count):
+            sending = self._waiting.popleft()
+            self._waiting_bytes -= len(sending.encoded)
+            if sending.future.done():
+                continue
+            answer = processes[sending.group]
+            if isinstance(answer, BaseException):
+                # The broker refuses the read: rights, or somebody else's key.
+                sending.error = answer if isinstance(answer, Exception) else BrokerError(repr(answer))
+            else:
+                self._send(sending, answer)
+            self._settle(sending)
+
+    def _send(self, sending: _Sending, processes: list[bytes]) -> None:
+        self._sent_count += 1
+        members = self._members(sending.group)
+        if members:
+            self._deliver(members, sending.encoded)
+        frame: bytes | None = None
+        letter: bytes | None = None
+        for name in processes:
+            process = name.decode()
+            if process == self._process_id:
+                continue
+            if process[:1] == NORMAL_MEMBER_MARK:
+                channel = process[1:]
+                self._push(
+                    sending, self._keys.normal(channel), sending.encoded, capacity=self._capacities.of(channel)
+                )
+                continue
+            if self._link_send is not None and is_linked(process):
+                if frame is None:
+                    frame = build_group_send(sending.group, sending.encoded)
+                if self._link_send(process, frame):
+                    self._frame_count += 1
+                else:
+                    self._congested_count += 1
+                continue
+            if letter is None:
+                letter = mail.build_group_send(sending.group, sending.encoded)
+            self._letter_count += 1
+            self._push(sending, self._keys.mail(process), letter, capacity=mail.MAIL_CAPACITY)
+
+    def _push(self, sending: _Sending, key: str, content: bytes, *, capacity: int) -> None:
+        sending.unanswered += 1
+        self._writer.push(key, content, capacity=capacity, expiry_ms=self._expiry_ms).add_done_callback(
+            lambda answer: self._stored(sending, answer)
+        )
+
+    def _stored(self, sending: _Sending, answer: asyncio.Future[int]) -> None:
+        if answer.cancelled():
+            sending.error = BrokerUnavailable("the channel layer was closed")
+        elif (error := answer.exception()) is not None:
+            sending.error = error if isinstance(error, Exception) else BrokerUnavailable(repr(error))
+        elif answer.result() < 0:
+            # Channel layer specification, "Groups": a full channel misses the message, group_send never raises.
+            self._full_count += 1
+        self._settle(sending)
+
+    def _settle(self, sending: _Sending) -> None:
+        sending.unanswered -= 1
+        if sending.unanswered or sending.future.done():
+            return
+        if sending.error is None:
+            sending.future.set_result(None)
+        else:
+            self._failed_count += 1
+            sending.future.set_exception(sending.error)
+
+    async def _wait_for_broker(self, error: BrokerUnavailable) -> None:
+        """Return when the broker may be asked again; fail the calls that have waited long enough."""
+        now = self._loop.time()
+        overdue: list[_Sending] = []
+        while self._waiting and (self._waiting[0].give_up_at <= now or self._waiting[0].future.done()):
+            sending = self._waiting.popleft()
+            self._waiting_bytes -= len(sending.encoded)
+            overdue.append(sending)
+        self._fail(overdue, error)
+        if not self._waiting:
+            return
+        if self._broker.reachable:
+            # Overloaded, or lost this instant: a moment later it is known which.
+            await asyncio.sleep(0.05)
+            return
+        try:
+            await self._broker.wait_reachable(max(0.0, self._waiting[0].give_up_at - now))
+        except BrokerUnavailable:
+            return  # the next read fails at once, and the overdue ones with it
+
+    def _fail(self, sendings: list[_Sending], error: Exception) -> None:
+        for sending in sendings:
+            if not sending.future.done():
+                self._failed_count += 1
+                sending.future.set_exception(error)

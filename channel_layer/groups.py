@@ -1,0 +1,289 @@
+"""Groups: who of this process is a member, and that the broker knows this process has members.
+
+Membership lives in the process that owns the channel. In the broker stands only, for each group, which processes
+have members: a sorted set of process ids with deadlines in broker time. Lives here: memberships, and the
+registration of this process under its groups. Does not live here: sending to groups (group_sender.py), asking
+other processes (group_requests.py).
+
+A group's registration, from its first member here to its last:
+
+    ABSENT --first member--> REGISTERING --answered--> REGISTERED --renewed every 15 s--> REGISTERED
+      ^                          ^------ broker came back, or lost its data ------'
+      +------------------ last member leaves (ZREM) -------------------------------'
+
+Registering and leaving are commands on one connection, in the order of the calls, so a member that joins right
+behind the last one's leaving is registered in the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from channel_layer import scripts
+from channel_layer.broker import Broker
+from channel_layer.errors import BrokerUnavailable
+from channel_layer.names import Keys
+
+__all__ = ["REGISTRATION_S", "RENEWAL_INTERVAL_S", "Groups", "GroupsStatistics"]
+
+logger = logging.getLogger("trunkline.channel_layer")
+
+# Other processes reach a dead one's groups in vain for at most this long.
+REGISTRATION_S: Final = 60.0
+# Four times a registration's life, so that three renewals in a row may fail.
+RENEWAL_INTERVAL_S: Final = 15.0
+# A registration that is about to end counts as ended: the answer to group_add must still hold when it is read.
+_MARGIN_S: Final = 5.0
+# Renewals written at once; the next portion waits for the answers.
+_PORTION: Final = 500
+# Groups that were left while the broker was away, to be removed when it is back. Beyond, they end by their deadline.
+_LEFT_MAX: Final = 100_000
+
+# Told None when the group is registered, else why not.
+WhenRegistered = Callable[[Exception | None], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupsStatistics:
+    groups: int  # that have members here
+    members: int
+    unregistered: int  # groups whose registration is not answered (yet)
+    registered_count: int  # answers to registrations and renewals
+    failed_count: int
+
+
+class _Registration:
+    """This process under one group; exists while the group has members here."""
+
+    __slots__ = ("is_pending", "valid_until", "waiting")
+
+    def __init__(self) -> None:
+        self.valid_until = 0.0  # loop time
+        self.is_pending = False  # written, not answered
+        # Who waits for the answer; bounded by the calls of group_add.
+        self.waiting: list[WhenRegistered] = []
+
+
+class Groups:
+    """The memberships of one process, on its loop."""
+
+    def __init__(self, *, process_id: str, keys: Keys, broker: Broker, loop: asyncio.AbstractEventLoop) -> None:
+        self._process_id = process_id
+        self._keys = keys
+        self._broker = broker
+        self._loop = loop
+        # Group -> its channels here, in the order of joining (a dict because sets have no order).
+        self._channels_of: dict[str, dict[str, None]] = {}
+        self._groups_of: dict[str, dict[str, None]] = {}
+        self._registrations: dict[str, _Registration] = {}
+        self._left: set[str] = set()
+        self._renewing: asyncio.Task[None] | None = None
+        self._registered_count = 0
+        self._failed_count = 0
+
+    def __repr__(self) -> str:
+        return f"<Groups of {self._process_id}: {len(self._channels_of)} groups, {len(self._groups_of)} channels>"
+
+    def statistics(self) -> GroupsStatistics:
+        now = self._loop.time()
+        return GroupsStatistics(
+            groups=len(self._channels_of),
+            members=sum(map(len, self._channels_of.values())),
+            unregistered=sum(each.valid_until <= now for each in self._registrations.values()),
+            registered_count=self._registered_count,
+            failed_count=self._failed_count,
+        )
+
+    def members(self, group: str) -> Collection[str]:
+        """Return the channels of this process in ``group``; a live view, empty if there are none."""
+        return self._channels_of.get(group, ())
+
+    def add(self, group: str, channel: str, when_registered: WhenRegistered) -> bool:
+        """Make ``channel`` a member at once; return True if it was none.
+
+        ``when_registered`` is called when messages from other processes will reach it, perhaps before this returns.
+        While the broker is away it is called after that.
+        """
+        channels = self._channels_of.get(group)
+        if channels is None:
+            channels = self._channels_of[group] = {}
+        is_new = channel not in channels
+        if is_new:
+            channels[channel] = None
+            groups = self._groups_of.get(channel)
+            if groups is None:
+                groups = self._groups_of[channel] = {}
+            groups[group] = None
+        registration = self._registrations.get(group)
+        if registration is None:
+            registration = self._registrations[group] = _Registration()
+        if registration.valid_until > self._loop.time():
+            when_registered(None)
+            return is_new
+        registration.waiting.append(when_registered)
+        if not registration.is_pending:
+            self._register(group, registration)
+        return is_new
+
+    async def add_and_wait(self, group: str, channel: str, timeout_s: float) -> None:
+        """As ``add``; return when it is registered.
+
+        Raises BrokerUnavailable and BrokerError: then it is no member, unless it was one before.
+        """
+        registration = self._registrations.get(group)
+        if registration is not None and registration.valid_until > self._loop.time():
+            self.add(group, channel, _ignore)
+            return
+        registered: asyncio.Future[None] = self._loop.create_future()
+
+        def settle(error: Exception | None) -> None:
+            if not registered.done():
+                if error is None:
+                    registered.set_result(None)
+                else:
+                    registered.set_exception(error)
+
+        is_new = self.add(group, channel, settle)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await registered
+        except TimeoutError:
+            if is_new:
+                self.discard(group, channel)
+            raise BrokerUnavailable(
+                f"the broker did not answer for {timeout_s:g} s: {channel} was not added to {group}"
+            ) from None
+        except Exception:
+            if is_new:
+                self.discard(group, channel)
+            raise
+
+    def discard(self, group: str, channel: str) -> None:
+        """End a membership, at once; the registry follows."""
+        channels = self._channels_of.get(group)
+        if channels is None or channel not in channels:
+            return
+        del channels[channel]
+        groups = self._groups_of[channel]
+        del groups[group]
+        if not groups:
+            del self._groups_of[channel]
+        if not channels:
+            del self._channels_of[group]
+            self._leave(group)
+
+    def forget(self, channels: Iterable[str]) -> None:
+        """End all memberships of ``channels``."""
+        for channel in channels:
+            for group in list(self._groups_of.get(channel, ())):
+                self.discard(group, channel)
+
+    def clear(self) -> None:
+        """End all memberships."""
+        self.forget(list(self._groups_of))
+
+    # Called by the process layer
+
+    def renew(self) -> None:
+        """Renew all registrations, in portions; called every RENEWAL_INTERVAL_S."""
+        if self._registrations and (self._renewing is None or self._renewing.done()):
+            self._renewing = self._loop.create_task(self._renew())
+
+    def retry(self) -> None:
+        """Register what somebody waits for and nobody registers (a refused or overloaded connection)."""
+        if self._broker.reachable:
+            for group, registration in self._registrations.items():
+                if registration.waiting and not registration.is_pending:
+                    self._register(group, registration)
+
+    def broker_restored(self) -> None:
+        """The broker is back, or lost its data: register everything anew, at once."""
+        left, self._left = self._left, set()
+        for group in left:
+            if group not in self._registrations:
+                self._remove(group)
+        for registration in self._registrations.values():
+            registration.valid_until = 0.0
+        if self._renewing is not None:
+            self._renewing.cancel()
+            self._renewing = None
+        self.renew()
+
+    async def close(self) -> None:
+        """End all memberships and tell the broker, if it answers."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+            await asyncio.wait((self._renewing,))
+        groups = list(self._registrations)
+        self._channels_of.clear()
+        self._groups_of.clear()
+        self._registrations.clear()
+        for start in range(0, len(groups), _PORTION):
+            if not self._broker.reachable:
+                return  # the deadlines will do it
+            await asyncio.wait([self._remove(group) for group in groups[start : start + _PORTION]])
+
+    # The registry
+
+    async def _renew(self) -> None:
+        groups = list(self._registrations)
+        for start in range(0, len(groups), _PORTION):
+            answers: list[asyncio.Future[Any]] = []
+            for group in groups[start : start + _PORTION]:
+                registration = self._registrations.get(group)
+                if registration is not None:
+                    answers.append(self._register(group, registration))
+            if answers:
+                await asyncio.wait(answers)
+            if not self._broker.reachable:
+                return  # broker_restored() begins anew
+
+    def _register(self, group: str, registration: _Registration) -> asyncio.Future[Any]:
+        registration.is_pending = True
+        written_at = self._loop.time()
+        answer = self._broker.script(
+            scripts.GROUP_REGISTER, [self._keys.group(group)], [self._process_id, int(REGISTRATION_S * 1000)]
+        )
+        answer.add_done_callback(lambda future: self._answered(group, registration, written_at, future))
+        return answer
+
+    def _answered(
+        self, group: str, registration: _Registration, written_at: float, answer: asyncio.Future[Any]
+    ) -> None:
+        registration.is_pending = False
+        error = BrokerUnavailable("the connection was closed") if answer.cancelled() else answer.exception()
+        if error is None:
+            self._registered_count += 1
+            registration.valid_until = written_at + REGISTRATION_S - _MARGIN_S
+        else:
+            self._failed_count += 1
+            if isinstance(error, BrokerUnavailable):
+                return  # broker_restored() or retry() registers again; who waits has a limit of its own
+            logger.error("group %s could not be registered: %s", group, error)
+        waiting, registration.waiting = registration.waiting, []
+        for when_registered in waiting:
+            when_registered(error if isinstance(error, Exception) else None)
+
+    def _leave(self, group: str) -> None:
+        registration = self._registrations.pop(group)
+        waiting, registration.waiting = registration.waiting, []
+        for when_registered in waiting:
+            when_registered(None)  # it joined and left again; there is nothing to wait for
+        self._remove(group)
+
+    def _remove(self, group: str) -> asyncio.Future[Any]:
+        answer = self._broker.call("ZREM", self._keys.group(group), self._process_id)
+        answer.add_done_callback(lambda future: self._removed(group, future))
+        return answer
+
+    def _removed(self, group: str, answer: asyncio.Future[Any]) -> None:
+        if not answer.cancelled() and answer.exception() is not None and len(self._left) < _LEFT_MAX:
+            self._left.add(group)
+
+
+def _ignore(error: Exception | None) -> None:
+    """For members whose group is registered already."""

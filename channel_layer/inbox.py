@@ -1,0 +1,286 @@
+"""The two ends of a process's inbox: writing into lists of the broker in batches, and reading our own.
+
+    ListWriter    what one loop tick (and, under load, one round trip) has for a list leaves in one script call
+    InboxReader   one task that reads both lists of our inbox, ``link`` and ``mail``, and hands on what came
+
+Lives here: batching, and surviving whatever the broker or an element does. Does not live here: what elements mean
+(links.py, mail.py, process_layer.py) and what normal channels need besides (normal_channels.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from channel_layer import scripts
+from channel_layer.broker import BlockingReader, Broker
+from channel_layer.channels_compat import channel_full
+from channel_layer.errors import BrokerUnavailable
+
+__all__ = ["InboxReader", "InboxStatistics", "ListWriter", "WriterStatistics"]
+
+logger = logging.getLogger("trunkline.channel_layer")
+
+# One script call carries at most this much: Redis runs nothing else meanwhile. Further messages go with the next.
+_BATCH_MESSAGES_MAX: Final = 500
+_BATCH_BYTES_MAX: Final = 1024 * 1024
+# Elements that one read of the inbox takes: what a loop handles in a few milliseconds.
+_READ_COUNT: Final = 64
+# After an error that is not the broker's absence (which has a pause of its own), so that a lasting one is not a
+# busy loop.
+_PAUSE_AFTER_ERROR_S: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriterStatistics:
+    waiting: int  # messages not yet written
+    batch_count: int
+    stored_count: int
+    full_count: int  # messages the broker had no room for
+    failed_count: int  # messages that the broker did not answer for
+
+
+class _Entry:
+    """One message on its way into a list."""
+
+    __slots__ = ("capacity", "expiry_ms", "future", "message")
+
+    def __init__(self, message: bytes, capacity: int, expiry_ms: int, future: asyncio.Future[int] | None) -> None:
+        self.message = message
+        self.capacity = capacity
+        self.expiry_ms = expiry_ms
+        # Told the deadline of the stored message, or why it was not stored. None: nobody wants to know.
+        self.future = future
+
+
+class _List:
+    """What waits for one list. Exists while something waits or is unanswered."""
+
+    __slots__ = ("busy", "entries", "key")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.entries: deque[_Entry] = deque()
+        # A batch is scheduled for the end of the tick, or written and unanswered: the next one waits for it, so
+        # batches grow under load and leave at once when there is none.
+        self.busy = False
+
+
+class ListWriter:
+    """Appends to lists through push.lua, one outstanding call a list."""
+
+    def __init__(self, broker: Broker, loop: asyncio.AbstractEventLoop) -> None:
+        self._broker = broker
+        self._loop = loop
+        self._lists: dict[str, _List] = {}
+        self._batch_count = 0
+        self._stored_count = 0
+        self._full_count = 0
+        self._failed_count = 0
+
+    def __repr__(self) -> str:
+        return f"<ListWriter lists={len(self._lists)}>"
+
+    def statistics(self) -> WriterStatistics:
+        return WriterStatistics(
+            waiting=sum(len(each.entries) for each in self._lists.values()),
+            batch_count=self._batch_count,
+            stored_count=self._stored_count,
+            full_count=self._full_count,
+            failed_count=self._failed_count,
+        )
+
+    async def store(self, key: str, message: bytes, *, capacity: int, expiry_ms: int, name: str) -> int:
+        """Append a message; return its deadline (broker time, ms) when the broker has it.
+
+        ``name`` is for the text of ChannelFull. Raises ChannelFull, BrokerUnavailable. A call that is cancelled
+        before its batch left has sent nothing.
+        """
+        future = self.push(key, message, capacity=capacity, expiry_ms=expiry_ms)
+        deadline_ms = await future
+        if deadline_ms < 0:
+            raise channel_full(f"channel {name!r} holds {capacity} messages, as many as its capacity allows")
+        return deadline_ms
+
+    def push(self, key: str, message: bytes, *, capacity: int, expiry_ms: int) -> asyncio.Future[int]:
+        """As ``store``; the future's result is -1 when the list is full."""
+        future: asyncio.Future[int] = self._loop.create_future()
+        self._add(key, _Entry(message, capacity, expiry_ms, future))
+        return future
+
+    def push_unasked(self, key: str, message: bytes, *, capacity: int, expiry_ms: int) -> None:
+        """As ``push`` for a message whose loss is only counted (a letter somebody else asked for)."""
+        self._add(key, _Entry(message, capacity, expiry_ms, None))
+
+    def _add(self, key: str, entry: _Entry) -> None:
+        target = self._lists.get(key)
+        if target is None:
+            target = self._lists[key] = _List(key)
+        elif 0 <= entry.capacity <= len(target.entries):
+            # More than the list can hold waits already: the broker would refuse this one.
+            self._settle_full(entry)
+            return
+        target.entries.append(entry)
+        if not target.busy:
+            target.busy = True
+            self._loop.call_soon(self._write, target)
+
+    def _write(self, target: _List) -> None:
+        """Write the next batch: the first entries that have capacity and expiry in common."""
+        entries = target.entries
+        batch: list[_Entry] = []
+        batch_bytes = 0
+        while entries and len(batch) < _BATCH_MESSAGES_MAX and batch_bytes < _BATCH_BYTES_MAX:
+            entry = entries[0]
+            if entry.future is not None and entry.future.done():
+                entries.popleft()  # its caller was cancelled before it was written
+                continue
+            if batch and (entry.capacity != batch[0].capacity or entry.expiry_ms != batch[0].expiry_ms):
+                break
+            batch.append(entries.popleft())
+            batch_bytes += len(entry.message)
+        if not batch:
+            del self._lists[target.key]
+            return
+        self._batch_count += 1
+        head = batch[0]
+        answer = self._broker.script(
+            scripts.PUSH, [target.key], [head.capacity, head.expiry_ms, *[entry.message for entry in batch]]
+        )
+        answer.add_done_callback(lambda future: self._answered(target, batch, future))
+
+    def _answered(self, target: _List, batch: list[_Entry], answer: asyncio.Future[Any]) -> None:
+        error = asyncio.CancelledError() if answer.cancelled() else answer.exception()
+        if error is None:
+            stored, deadline_ms = answer.result()
+            self._stored_count += stored
+            for index, entry in enumerate(batch):
+                if index >= stored:
+                    self._settle_full(entry)
+                elif entry.future is not None and not entry.future.done():
+                    entry.future.set_result(deadline_ms)
+        else:
+            self._failed_count += len(batch)
+            failure = error if isinstance(error, Exception) else BrokerUnavailable("the broker connection was closed")
+            for entry in batch:
+                if entry.future is not None and not entry.future.done():
+                    entry.future.set_exception(failure)
+        if target.entries:
+            self._write(target)
+        else:
+            del self._lists[target.key]
+
+    def _settle_full(self, entry: _Entry) -> None:
+        self._full_count += 1
+        if entry.future is not None and not entry.future.done():
+            entry.future.set_result(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InboxStatistics:
+    read_count: int  # reads that brought something
+    blob_count: int
+    letter_count: int
+    error_count: int
+
+
+class InboxReader:
+    """Reads our own inbox for ever, in one task. Nothing it calls may wait for a socket or an application."""
+
+    def __init__(
+        self,
+        reader: BlockingReader,
+        *,
+        link_key: str,
+        mail_key: str,
+        blob_received: Callable[[bytes], None],
+        letter_received: Callable[[bytes], None],
+        reader_restored: Callable[[], None],
+    ) -> None:
+        self._reader = reader
+        # The first key that holds something is read, so the order alternates or one would starve the other.
+        self._orders = ((link_key, mail_key), (mail_key, link_key))
+        self._link_key = link_key
+        self._blob_received = blob_received
+        self._letter_received = letter_received
+        self._reader_restored = reader_restored
+        # False while the last read of ``link`` was a full one, so that more is likely to wait (see liveness.py).
+        self.is_current = True
+        self._task: asyncio.Task[None] | None = None
+        self._read_count = 0
+        self._blob_count = 0
+        self._letter_count = 0
+        self._error_count = 0
+
+    def __repr__(self) -> str:
+        return f"<InboxReader {self.statistics()}>"
+
+    def statistics(self) -> InboxStatistics:
+        return InboxStatistics(
+            read_count=self._read_count,
+            blob_count=self._blob_count,
+            letter_count=self._letter_count,
+            error_count=self._error_count,
+        )
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._read())
+
+    async def stop(self) -> None:
+        """End the read; what it had taken when it was ended is back in the list."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await self._reader.close()
+
+    async def _read(self) -> None:
+        restored_count = self._reader.restored_count
+        turn = 0
+        failures = 0  # in a row
+        while True:
+            try:
+                taken = await self._reader.pop(self._orders[turn & 1], _READ_COUNT)
+            except BrokerUnavailable:
+                # The next pop() reconnects and waits for the broker; but if commands pass and only reads fail (no
+                # more clients allowed), it fails at once.
+                failures += 1
+                if failures > 1:
+                    await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
+                continue
+            except Exception:
+                self._error_count += 1
+                logger.exception("the inbox could not be read; trying again")
+                await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
+                continue
+            if self._reader.restored_count != restored_count:
+                # What the old connection had taken may be lost: each link tells its peer what it has.
+                restored_count = self._reader.restored_count
+                self._guarded(self._reader_restored)
+            failures = 0
+            turn += 1
+            if taken is None:
+                self.is_current = True
+                continue
+            self._read_count += 1
+            key, elements = taken
+            if key == self._link_key:
+                self.is_current = len(elements) < _READ_COUNT
+                self._blob_count += len(elements)
+                for element in elements:
+                    self._guarded(self._blob_received, element)
+            else:
+                self._letter_count += len(elements)
+                for element in elements:
+                    self._guarded(self._letter_received, element)
+
+    def _guarded(self, call: Callable[..., None], *arguments: bytes) -> None:
+        # One bad element, or a fault of ours, must not end the reader: everybody's events come through it.
+        try:
+            call(*arguments)
+        except Exception:
+            self._error_count += 1
+            logger.exception("an element of the inbox could not be handled and was dropped")
