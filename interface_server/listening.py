@@ -27,7 +27,11 @@ def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
     try:
         listening = _open(settings)
     except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = str(error)
+        if isinstance(error, socket.gaierror):
+            reason = error.strerror  # its numbers are not errno's
+        elif isinstance(error, OSError) and error.errno is not None:
+            reason = os.strerror(error.errno)  # create_server adds the address, which we say already
         raise OSError(f"cannot listen on {where}: {reason}") from error
     listening.setblocking(False)
     return listening

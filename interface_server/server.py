@@ -202,7 +202,7 @@ class InterfaceServer:
         """Serve nothing new, let requests finish, close the rest, leave. ``at_once`` ends the waiting."""
         _LOGGER.info("%r stops", self)
         port, self._port = self._port, None
-        await port.stopListening()
+        await port.stopListening().asFuture(self._loop)
         self._http1.stop()
         self.connections.stop()
         await _unless(at_once, self.connections.wait_idle(self._settings.stop_grace_s))

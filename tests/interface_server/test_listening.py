@@ -1,0 +1,80 @@
+"""Opening the listening socket in every way the settings allow."""
+
+import os
+import socket
+import stat
+
+import pytest
+
+from interface_server.listening import describe, open_listening_socket
+from interface_server.settings import InterfaceSettings
+
+
+def listen(**settings):
+    return open_listening_socket(InterfaceSettings(redis_url="redis://unused", **settings))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", ""])
+def test_tcp(host):
+    with listen(host=host, port=0) as listening:
+        assert describe(listening).startswith("http://")
+        assert listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        with socket.create_connection(("localhost", listening.getsockname()[1])):
+            pass
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+def test_ipv6(host):
+    with listen(host=host, port=0) as listening:
+        port = listening.getsockname()[1]
+        assert describe(listening) == f"http://[{host.strip('[]')}]:{port}"
+        with socket.create_connection(("127.0.0.1" if host == "::" else "::1", port)):
+            pass
+
+
+def test_reuse_port_lets_several_bind():
+    with listen(port=0, reuse_port=True) as first:
+        port = first.getsockname()[1]
+        with listen(port=port, reuse_port=True):
+            pass
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}: .*already in use"):
+            listen(port=port)
+
+
+def test_an_inherited_socket_stays_the_caller_s():
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        with listen(fd=bound.fileno()) as listening:
+            assert listening.getsockname() == bound.getsockname()
+        with socket.create_connection(bound.getsockname()):
+            pass
+
+
+def test_a_descriptor_that_is_no_socket(tmp_path):
+    with (tmp_path / "file").open("w") as file, pytest.raises(OSError, match="cannot listen on file descriptor"):
+        listen(fd=file.fileno())
+
+
+def test_an_unknown_host():
+    with pytest.raises(OSError, match=r"cannot listen on no\.such\.invalid:0"):
+        listen(host="no.such.invalid", port=0)
+
+
+def test_a_unix_socket_others_may_use_and_a_stale_one_is_replaced(tmp_path):
+    path = str(tmp_path / "s")
+    listen(uds=path).close()
+    assert os.path.exists(path)
+    with listen(uds=path) as listening:
+        assert describe(listening) == f"unix:{path}"
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o666
+        with pytest.raises(OSError, match=r"cannot listen on .*already in use"):
+            listen(uds=path)
+
+
+def test_a_file_is_not_replaced_by_a_unix_socket(tmp_path):
+    path = tmp_path / "precious"
+    path.write_text("data")
+    with pytest.raises(OSError, match="cannot listen on"):
+        listen(uds=str(path))
+    assert path.read_text() == "data"
