@@ -10,14 +10,14 @@ until then. So pipelined requests cannot mix, and a bad second one does not cost
 give the same events however they are split (pieces of a body may be cut elsewhere).
 
 The head goes to llhttp (httptools), but only when it is complete and within our limits, which llhttp does not have;
-the rules that need more than one line (Host, framing, Connection, Expect) are ours. Bodies are taken apart here:
-llhttp neither bounds the line before a chunk nor tells where in a buffer a chunked body ends.
+the rules that need more than one line (Host, framing, Connection, Expect) are ours. Chunks are taken apart by
+chunked_body.py: llhttp neither bounds the line before a chunk nor tells where in a buffer a chunked body ends.
 
 We are strict wherever two readers could disagree about where a request ends, for that is how requests are smuggled
 past a proxy: RFC 9112 section 11.2. Names with "_" are kept, as uvicorn does: only CGI's names make ``x_y`` and
 ``x-y`` the same (CVE-2015-0219), so who builds such names (WSGI) must drop them there.
 
-To change a limit: ReaderLimits. Trailers are checked and dropped: ASGI has no event for them.
+To change a limit: ReaderLimits.
 """
 
 from __future__ import annotations
@@ -30,28 +30,22 @@ from typing import Final, NamedTuple
 
 import httptools
 
+from interface_server.protocol.chunked_body import PIECE_BYTES_MAX, TOKEN, BodyPiece, ChunkedBody
 from interface_server.protocol.errors import BadRequest
 from interface_server.protocol.request import RequestHead
 
 __all__ = ["PIECE_BYTES_MAX", "BodyPiece", "ReaderLimits", "RequestReader", "RequestStart"]
 
-# One piece is one event of the application and one EVENT frame on the link.
-PIECE_BYTES_MAX: Final = 64 * 1024
-
 # RFC 9112 section 2.2 asks for "at least one" to be ignored (old clients send one behind a body); more: 400.
 _BLANK_LINES_MAX: Final = 4
-# Chunk sizes are below 2**63, so that lengths stay in what ASGI calls an integer.
-_SIZE_DIGITS_MAX: Final = 18
-_INTEGER_END: Final = 2**63
+# Lengths stay in what ASGI calls an integer.
+_LENGTH_DIGITS_MAX: Final = 18
 
-_TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"  # RFC 9110 section 5.6.2
 # Visible ASCII without "#": a fragment never leaves a client (RFC 9110 section 4.2.5). What else RFC 3986 forbids in
 # a URI ("|", "{", a quote) browsers do send.
-_REQUEST_LINE: Final = re.compile(rb"(" + _TOKEN + rb") ([\x21\x22\x24-\x7e]+) HTTP/([0-9]\.[0-9])")
+_REQUEST_LINE: Final = re.compile(rb"(" + TOKEN + rb") ([\x21\x22\x24-\x7e]+) HTTP/([0-9]\.[0-9])")
 _ABSOLUTE: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)([^?]*)(?:\?(.*))?")
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?")
-_CHUNK_LINE: Final = re.compile(rb"([0-9A-Fa-f]+)((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)")
-_TRAILER: Final = re.compile(_TOKEN + rb":[\t\x20-\x7e\x80-\xff]*")
 
 # What a head may consist of. Control bytes are refused (RFC 9110 section 5.5), bytes from 0x80 on are opaque.
 _HEAD_BYTES: Final = bytes((0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0x100)))
@@ -85,20 +79,12 @@ class RequestStart(NamedTuple):
     wants_upgrade: bool  # there is an Upgrade header; whether it counts is not decided here
 
 
-class BodyPiece(NamedTuple):
-    data: bytes
-    is_last: bool
-
-
 class _Part(IntEnum):
     """What the next byte belongs to."""
 
     HEAD = 0
     LENGTH_BODY = 1
-    CHUNK_LINE = 2
-    CHUNK_DATA = 3
-    CHUNK_END = 4  # the CRLF behind the data
-    TRAILERS = 5
+    CHUNKED_BODY = 2
 
 
 class RequestReader:
@@ -106,8 +92,8 @@ class RequestReader:
 
     __slots__ = (
         "_blank_lines",
+        "_chunks",
         "_data",
-        "_extension_bytes",
         "_failure",
         "_limits",
         "_line_count",
@@ -116,8 +102,6 @@ class RequestReader:
         "_position",
         "_remaining_bytes",
         "_scanned",
-        "_trailer_bytes",
-        "_trailer_count",
     )
 
     def __init__(self, limits: ReaderLimits) -> None:
@@ -134,10 +118,8 @@ class RequestReader:
         self._line_count = 0
         self._scanned = 0
         # Of a body.
-        self._remaining_bytes = 0  # of the length, or of the chunk
-        self._extension_bytes = 0
-        self._trailer_bytes = 0
-        self._trailer_count = 0
+        self._remaining_bytes = 0  # of LENGTH_BODY
+        self._chunks: ChunkedBody | None = None  # of CHUNKED_BODY
 
     def __repr__(self) -> str:
         return (
@@ -314,8 +296,8 @@ class RequestReader:
                 raise BadRequest(417, "unknown expectation")
             expects_continue = body_bytes != 0
         if body_bytes is None:
-            self._part = _Part.CHUNK_LINE
-            self._extension_bytes = self._trailer_bytes = self._trailer_count = 0
+            self._part = _Part.CHUNKED_BODY
+            self._chunks = ChunkedBody(self._limits)
         elif body_bytes:
             self._part = _Part.LENGTH_BODY
             self._remaining_bytes = body_bytes
@@ -374,12 +356,9 @@ class RequestReader:
             return None
         if not lengths:
             return 0
-        if len(lengths) > 1 or not lengths[0].isdigit() or len(lengths[0]) > 19:
+        if len(lengths) > 1 or not lengths[0].isdigit() or len(lengths[0]) > _LENGTH_DIGITS_MAX:
             raise BadRequest(400, "malformed Content-Length")
-        length = int(lengths[0])
-        if length >= _INTEGER_END:
-            raise BadRequest(400, "malformed Content-Length")
-        return length
+        return int(lengths[0])
 
     # Bodies
 
@@ -396,98 +375,12 @@ class RequestReader:
         return BodyPiece(data[start : start + size], self._remaining_bytes == 0)
 
     def _read_chunked_body(self) -> BodyPiece | None:
-        """Collect the data of many small chunks into one piece: an event costs far more than a chunk."""
-        data = self._data
-        parts: list[bytes] = []
-        size_bytes = 0
-        try:
-            while size_bytes < PIECE_BYTES_MAX:
-                if self._part is _Part.CHUNK_DATA:
-                    start = self._position
-                    size = min(len(data) - start, self._remaining_bytes, PIECE_BYTES_MAX - size_bytes)
-                    if size == 0:
-                        break
-                    parts.append(data[start : start + size])
-                    size_bytes += size
-                    self._position = start + size
-                    self._remaining_bytes -= size
-                    if self._remaining_bytes == 0:
-                        self._part = _Part.CHUNK_END
-                elif self._part is _Part.CHUNK_END:
-                    if not self._read_chunk_end():
-                        break
-                elif self._part is _Part.CHUNK_LINE:
-                    if not self._read_chunk_line():
-                        break
-                elif not self._read_trailers():
-                    break
-                else:
-                    self._part = _Part.HEAD
-                    return BodyPiece(b"".join(parts), True)
-        except BadRequest as failure:
-            if not parts:
-                raise
-            self._failure = failure  # what came before it is delivered first
-        if not parts:
-            return None
-        return BodyPiece(parts[0] if len(parts) == 1 else b"".join(parts), False)
-
-    def _read_chunk_end(self) -> bool:
-        end = self._data[self._position : self._position + 2]
-        if end == b"\r\n":
-            self._position += 2
-            self._part = _Part.CHUNK_LINE
-            return True
-        if end and end != b"\r":
-            raise BadRequest(400, "chunk is longer than its size")
-        return False
-
-    def _read_chunk_line(self) -> bool:
-        data, start = self._data, self._position
-        limits = self._limits
-        end = data.find(b"\r\n", start, start + limits.chunk_line_bytes_max + 2)
-        if end < 0:
-            if len(data) - start >= limits.chunk_line_bytes_max + 2:
-                raise BadRequest(400, "chunk-size line is too long")
-            return False
-        line = _CHUNK_LINE.fullmatch(data, start, end)
-        if line is None or len(line[1]) > _SIZE_DIGITS_MAX:
-            raise BadRequest(400, "malformed chunk size")
-        size = int(line[1], 16)
-        if size >= _INTEGER_END:
-            raise BadRequest(400, "malformed chunk size")
-        self._extension_bytes += len(line[2])
-        if self._extension_bytes > limits.chunk_extensions_bytes_max:
-            raise BadRequest(400, "too many chunk extensions")
-        self._position = end + 2
-        self._remaining_bytes = size
-        self._part = _Part.CHUNK_DATA if size else _Part.TRAILERS
-        return True
-
-    def _read_trailers(self) -> bool:
-        """True when the empty line behind the trailers has been read."""
-        data = self._data
-        limits = self._limits
-        while True:
-            start = self._position
-            left = limits.trailer_bytes_max - self._trailer_bytes
-            end = data.find(b"\r\n", start, start + left + 2)
-            if end == start:
-                self._position += 2
-                return True
-            if end < 0:
-                if len(data) - start >= left + 2:
-                    raise BadRequest(431, "trailers are too large")
-                return False
-            if not _TRAILER.fullmatch(data, start, end):
-                raise BadRequest(400, "malformed trailer")
-            self._trailer_count += 1
-            if self._trailer_count > limits.headers_max:
-                raise BadRequest(431, "too many trailers")
-            self._trailer_bytes += end + 2 - start
-            if self._trailer_bytes > limits.trailer_bytes_max:
-                raise BadRequest(431, "trailers are too large")
-            self._position = end + 2
+        assert self._chunks is not None
+        piece, self._position = self._chunks.read(self._data, self._position)
+        if piece is not None and piece.is_last:
+            self._chunks = None
+            self._part = _Part.HEAD
+        return piece
 
 
 class _Fields:
