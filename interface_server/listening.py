@@ -29,7 +29,7 @@ def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = str(error)
         if isinstance(error, socket.gaierror):
-            reason = error.strerror  # its numbers are not errno's
+            reason = error.strerror or reason  # its numbers are not errno's
         elif isinstance(error, OSError) and error.errno is not None:
             reason = os.strerror(error.errno)  # create_server adds the address, which we say already
         raise OSError(f"cannot listen on {where}: {reason}") from error
