@@ -14,7 +14,7 @@ permessage-deflate will need three places: ``build_accept(extension=…)``, ``Fr
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import random
 from typing import TYPE_CHECKING, Any, Final
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from interface_server.broadcast import Broadcast
     from interface_server.connections import Connections
     from interface_server.deadlines import Deadlines
+    from interface_server.protocol.server_headers import ServerHeaders
     from interface_server.settings import InterfaceSettings
 
 __all__ = ["WebSocketClient", "WebSockets", "WebSocketsStatistics"]
@@ -80,13 +81,13 @@ class WebSockets:
         connections: Connections,
         access_log: AccessLog,
         deadlines: Deadlines,
-        server_headers: Callable[[], Iterable[tuple[bytes, bytes]]],
+        server_headers: ServerHeaders,
     ) -> None:
         self.settings = settings
         self.connections = connections
         self.access_log = access_log
         self.deadlines = deadlines
-        self.server_headers = server_headers  # Date, Server and the operator's headers, for any response head
+        self._server_headers = server_headers
         self.clients: set[WebSocketClient] = set()  # until their sockets are gone; bounded by the sockets
         self.refused_count = 0
         self.dropped_count = 0
@@ -94,6 +95,10 @@ class WebSockets:
 
     def __repr__(self) -> str:
         return f"<WebSockets {len(self.clients)}>"
+
+    def header_pairs(self) -> Sequence[tuple[bytes, bytes]]:
+        """Date, Server and the operator's headers, as of now."""
+        return self._server_headers.refresh().pairs
 
     def statistics(self) -> WebSocketsStatistics:
         states = [client.state for client in self.clients]
@@ -126,6 +131,7 @@ class WebSocketClient:
     """One WebSocket. Implements ``client.Client``; never raises."""
 
     __slots__ = (
+        "_application_is_full",
         "_buffered_bytes_before",
         "_close_timeouts_left",
         "_connection",
@@ -163,6 +169,7 @@ class WebSocketClient:
         self._connection: Connection | None = None  # until the application has been told of the end
         self._reader: FrameReader | None = None  # in OPEN and CLOSING
         self._early = b""  # what came before the handshake was answered; bounded, see data_received
+        self._application_is_full = False  # its window is used up
         self._reading_paused = False  # the transport is told not to read
         self._writing_paused = False  # the transport told us that it is full
         self._pong_due: bytes | None = None  # the last ping that came while it was full
@@ -196,7 +203,7 @@ class WebSocketClient:
 
     def _open(self, handshake: Handshake, head: RequestHead, peer: Peer) -> None:
         shared = self._shared
-        self._session = WebSocketSession(handshake, server_headers=shared.server_headers)
+        self._session = WebSocketSession(handshake, server_headers=shared.header_pairs)
         scope = build_websocket_scope(
             head, peer, root_path=shared.settings.root_path, subprotocols=handshake.subprotocols
         )
@@ -210,7 +217,7 @@ class WebSocketClient:
         shared.refused_count += 1
         shared.access_log.websocket_refused(**self._log_target, status=fault.status)
         answer = build_refusal(
-            fault.status, headers=fault.headers, server_headers=shared.server_headers(), text=str(fault)
+            fault.status, headers=fault.headers, server_headers=shared.header_pairs(), text=str(fault)
         )
         self._write(answer)
         self._finish(linger=True)
@@ -276,11 +283,13 @@ class WebSocketClient:
         self._carry_out(self._session.refused(refusal))
 
     def pause_reading(self) -> None:
+        self._application_is_full = True
         self._pause_transport()
         if self._reader is not None:
             self._reader.pause()
 
     def resume_reading(self) -> None:
+        self._application_is_full = False
         self._heard_at = self._shared.deadlines.clock()  # the ping timeout stood still
         self._ping_sent_at = None
         if self._reader is not None:
@@ -338,8 +347,13 @@ class WebSocketClient:
         """Ping a client that has been silent, give one up that stays silent."""
         shared, settings = self._shared, self._shared.settings
         now = shared.deadlines.clock()
-        if self._reading_paused or self._client_reads():
-            # We do not listen, so its silence says nothing; or it takes what we send, and a pong is behind that.
+        reads = self._client_reads()
+        if self._reading_paused:
+            # Its silence says nothing while we do not listen. The ping is for the other kernel: when its process is
+            # gone it answers with a reset, which end_watch.py notices.
+            self._write(build_frame(PING, b""))
+        if self._reading_paused or reads:
+            # Or it takes what we send, and our ping is behind that.
             self._heard_at = now
             self._ping_sent_at = None
         if self._ping_sent_at is not None:
@@ -419,8 +433,11 @@ class WebSocketClient:
         assert self._connection is not None
         self._connection.accept_broadcasts()
         early, self._early = self._early, b""
-        if early:
+        if self._application_is_full:
+            reader.pause()
+        else:
             self._resume_transport()
+        if early:
             self._feed(reader, early)
 
     def _feed(self, reader: FrameReader, data: bytes) -> None:
