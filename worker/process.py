@@ -182,7 +182,10 @@ class WorkerProcess:
                 instance.shut_down()
         await self._wait_idle(timeout_s, at_once)
         for instance in self.instances():
-            instance.cancel(f"the worker stops, and {timeout_s:g} s were not enough to finish")
+            if instance.phase is Phase.CLAIMED:
+                instance.refused("the worker stops")
+            else:
+                instance.cancel(f"the worker stops, and {timeout_s:g} s were not enough to finish")
         if at_once is None or not at_once.is_set():
             await self._wait_idle(CANCEL_TIMEOUT_S, at_once)
         if self._grant_timer is not None:

@@ -1,0 +1,90 @@
+"""Every style of application becomes one callable."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from worker.application import build_application
+from worker.settings import InterfaceStyle
+
+
+async def asgi3(scope: Any, receive: Any, send: Any) -> None:
+    await send(("asgi3", scope, await receive()))
+
+
+class Asgi3Instance:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await asgi3(scope, receive, send)
+
+
+class Asgi2Class:
+    def __init__(self, scope: Any, *, extra: str = "") -> None:
+        self.scope = scope
+        self.extra = extra
+
+    async def __call__(self, receive: Any, send: Any) -> None:
+        await send(("asgi2" + self.extra, self.scope, await receive()))
+
+
+def asgi2_closure(scope: Any) -> Any:
+    async def instance(receive: Any, send: Any) -> None:
+        await send(("asgi2", scope, await receive()))
+
+    return instance
+
+
+class Asgi2Instance:
+    def __call__(self, scope: Any) -> Any:
+        return asgi2_closure(scope)
+
+
+def sync_function_that_returns_a_coroutine(scope: Any, receive: Any, send: Any) -> Any:
+    return asgi3(scope, receive, send)
+
+
+def marked_single(scope: Any, receive: Any, send: Any) -> Any:
+    return asgi3(scope, receive, send)
+
+
+marked_single._asgi_single_callable = True  # type: ignore[attr-defined]
+
+
+CASES: list[tuple[str, Any, InterfaceStyle, str]] = [
+    ("coroutine function", asgi3, "auto", "asgi3"),
+    ("instance", Asgi3Instance(), "auto", "asgi3"),
+    ("partial of a coroutine function", functools.partial(asgi3), "auto", "asgi3"),
+    ("marked as single", marked_single, "auto", "asgi3"),
+    ("asgi2 class", Asgi2Class, "auto", "asgi2"),
+    ("asgi2 closure", asgi2_closure, "auto", "asgi2"),
+    ("asgi2 partial", functools.partial(Asgi2Class, extra="+"), "auto", "asgi2+"),
+    ("asgi2 instance", Asgi2Instance(), "auto", "asgi2"),
+    ("asgi2 said", asgi2_closure, "asgi2", "asgi2"),
+    ("sync function, asgi3 said", sync_function_that_returns_a_coroutine, "asgi3", "asgi3"),
+]
+
+
+@pytest.mark.parametrize(
+    ("application", "interface", "style"), [case[1:] for case in CASES], ids=[c[0] for c in CASES]
+)
+async def test_called_as_asgi3(application: Any, interface: InterfaceStyle, style: str) -> None:
+    sent: list[Any] = []
+    scope = {"type": "http"}
+
+    async def receive() -> Any:
+        return "event"
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await build_application(application, interface)(scope, receive, send)
+    assert sent == [(style, scope, "event")]
+
+
+async def test_a_sync_function_with_three_parameters_is_taken_for_asgi2_unless_told() -> None:
+    # As asgiref guesses; --interface asgi3 is the way out.
+    application = build_application(sync_function_that_returns_a_coroutine)
+    with pytest.raises(TypeError):
+        await application({}, None, None)  # type: ignore[arg-type]

@@ -1,0 +1,901 @@
+"""One application call between a recorded link and injected frames."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from typing import Any
+
+import msgpack
+import pytest
+
+from channel_layer.codec import encode_event
+from channel_layer.connection import FlowControlError
+from channel_layer.frames import FrameKind, Outcome
+from tests.worker.support import (
+    WINDOW_BYTES,
+    FakeInterface,
+    FakeLink,
+    http_scope,
+    make_opening,
+    turns,
+    websocket_scope,
+)
+from worker.events import ClientDisconnected, InvalidEvent, State
+from worker.instance import Instance, Phase
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+REQUEST = {"type": "http.request", "body": b"", "more_body": False}
+CONNECT = {"type": "websocket.connect"}
+DISCONNECT = {"type": "http.disconnect"}
+GOING_AWAY = {"type": "websocket.disconnect", "code": 1001, "reason": "bye"}
+
+
+def body(data: bytes, more_body: bool = False) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more_body}
+
+
+class Bench:
+    """An instance, its link, and the interface server's side of the connection."""
+
+    def __init__(
+        self,
+        application: Any,
+        scope: dict[str, Any] | None = None,
+        *,
+        close_timeout_s: float = 10.0,
+        started: bool = True,
+        **opening: Any,
+    ) -> None:
+        self.link = FakeLink()
+        self.interface = FakeInterface()
+        self.ended: list[Instance] = []
+        self.ending = asyncio.Event()
+        scope = scope if scope is not None else http_scope()
+        if scope["type"] == "http":
+            opening.setdefault("first", REQUEST)
+        self.instance = Instance(
+            make_opening(scope, **opening),
+            application=application,
+            link=self.link,
+            loop=asyncio.get_running_loop(),
+            window_bytes=WINDOW_BYTES,
+            close_timeout_s=close_timeout_s,
+            ended=self._instance_ended,
+        )
+        if opening.get("first") is not None:
+            self.interface.event(opening["first"])  # counted there, carried by the opening
+        if started:
+            self.instance.grant()
+
+    def _instance_ended(self, instance: Instance) -> None:
+        self.ended.append(instance)
+        self.ending.set()
+
+    def deliver(self, *frames: list[Any]) -> None:
+        for frame in frames:
+            kind = frame[0]
+            if kind in (FrameKind.EVENT, FrameKind.PIECE):
+                self.instance.event_received(kind, frame[3])
+            elif kind == FrameKind.CREDIT:
+                self.instance.credit_received(frame[3])
+            elif kind == FrameKind.LAST:
+                self.instance.last_received(frame[3])
+
+    def event(self, event: dict[str, Any]) -> None:
+        self.deliver(*self.interface.event(event))
+
+    def disconnect(self, event: dict[str, Any]) -> None:
+        self.instance.client_gone()
+        self.deliver(*self.interface.last(event))
+
+    async def settle(self) -> list[dict[str, Any]]:
+        """Run until nothing moves, the client reading everything; return all events it got so far."""
+        await turns()
+        while frames := self.link.take():
+            self.deliver(*self.interface.read(frames))
+            await turns()
+        return self.interface.events
+
+    async def over(self) -> Outcome | None:
+        await self.settle()
+        assert self.ended == [self.instance]
+        assert self.instance.phase is Phase.ENDED
+        return self.interface.outcome
+
+
+async def hello(scope: Any, receive: Any, send: Any) -> None:
+    await send(START)
+    await send(body(b"hello"))
+
+
+async def test_a_response_and_its_end() -> None:
+    bench = Bench(hello)
+    assert await bench.settle() == [START, body(b"hello")]
+    assert await bench.over() is Outcome.RETURNED
+    assert "ended, COMPLETE" in repr(bench.instance)
+
+
+async def test_start_and_body_leave_in_one_turn_and_send_does_not_wait() -> None:
+    bench = Bench(hello)
+    await asyncio.sleep(0)  # one turn: the call runs to its end
+    kinds = [frame[0] for frame in bench.link.take()]
+    assert kinds == [FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+
+
+async def test_the_application_gets_scope_and_events_in_order() -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(scope["path"])
+        while True:
+            seen.append(await receive())
+            if not seen[-1].get("more_body"):
+                break
+        await hello(scope, receive, send)
+
+    first = {"type": "http.request", "body": b"a", "more_body": True}
+    bench = Bench(application, http_scope("POST", "/up"), first=first)
+    await turns()
+    rest = [first | {"body": b"b"}, first | {"body": b"c", "more_body": False}]
+    for event in rest:
+        bench.event(event)
+    assert await bench.over() is Outcome.RETURNED
+    assert seen == ["/up", first, *rest]
+
+
+async def test_nothing_runs_before_the_start_and_only_once() -> None:
+    calls: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        calls.append(scope)
+        await hello(scope, receive, send)
+
+    bench = Bench(application, started=False)
+    await turns()
+    assert (calls, bench.instance.phase) == ([], Phase.CLAIMED)
+    bench.instance.start()
+    bench.instance.grant()
+    await bench.over()
+    bench.instance.start()
+    await turns()
+    assert len(calls) == 1
+
+
+async def test_a_refused_claim_never_runs_and_sends_nothing() -> None:
+    bench = Bench(hello, started=False)
+    bench.instance.refused("no")
+    await turns()
+    assert bench.ended == [bench.instance]
+    assert bench.link.take() == []
+
+
+async def test_a_call_started_on_the_claim_alone_is_cancelled_when_refused() -> None:
+    cancelled = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    bench = Bench(application, started=False)
+    bench.instance.start()
+    await turns()
+    bench.instance.refused("no")
+    await turns()
+    assert cancelled.is_set()
+    assert bench.ended == [bench.instance]
+    assert bench.link.take() == []  # no END either: the interface server does not know us
+
+
+# Credit, towards the client
+
+
+async def test_send_waits_for_the_client_and_no_frame_exceeds_the_window() -> None:
+    sent: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        for number in range(64):
+            await send(body(bytes(32 * 1024), more_body=True))
+            sent.append(number)
+        await send(body(b""))
+
+    bench = Bench(application)
+    await turns()
+    assert len(sent) == 7  # 8 times 32 KiB and their keys are more than the window
+    assert bench.instance.statistics().unsent_count == 1
+    events = await bench.settle()
+    assert sum(len(event.get("body", b"")) for event in events) == 64 * 32 * 1024
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_one_large_body_moves_through_the_window() -> None:
+    data = bytes(range(256)) * 20_000  # 5 MB
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        await send(body(data))
+
+    bench = Bench(application)
+    await turns()
+    assert bench.instance.statistics().unsent_bytes <= 2 * 64 * 1024
+    events = await bench.settle()
+    assert b"".join(event["body"] for event in events[1:]) == data
+    assert [event["more_body"] for event in events[1:]] == [True] * (len(events) - 2) + [False]
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_websocket_message_larger_than_the_window() -> None:
+    text = "ä" * 1_000_000
+    echoed: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        message = await receive()
+        echoed.append(message)
+        await send({"type": "websocket.send", "text": message["text"]})
+        await send({"type": "websocket.close"})
+
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    await bench.settle()
+    frames = bench.interface.event({"type": "websocket.receive", "text": text})
+    while frames:
+        bench.deliver(*frames)
+        await bench.settle()
+        frames = [msgpack.unpackb(frame) for frame in bench.interface.outgoing.frames()]
+    events = await bench.settle()
+    assert echoed == [{"type": "websocket.receive", "text": text}]
+    assert events[1] == {"type": "websocket.send", "text": text}
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_congested_link_makes_send_wait_until_it_is_ready() -> None:
+    sent: list[int] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        for number in range(3):
+            await send(body(b"x", more_body=True))
+            sent.append(number)
+        await send(body(b""))
+
+    bench = Bench(application)
+    bench.link.congested = True
+    await turns()
+    assert (sent, bench.link.take()) == ([], [])
+    bench.instance.link_ready()  # still congested
+    await turns()
+    assert (sent, bench.link.take()) == ([], [])
+    bench.link.congested = False
+    bench.instance.link_ready()
+    assert await bench.over() is Outcome.RETURNED
+    assert sent == [0, 1, 2]
+
+
+async def test_sends_of_several_tasks_keep_their_order() -> None:
+    big = 300 * 1024
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        await asyncio.gather(*(send(body(bytes([number]) * big, more_body=True)) for number in range(5)))
+        await send(body(b"end"))
+
+    bench = Bench(application)
+    events = await bench.settle()
+    data = b"".join(event["body"] for event in events[1:])
+    assert data == b"".join(bytes([number]) * big for number in range(5)) + b"end"
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_what_a_cancelled_send_had_to_send_is_sent() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        first = asyncio.create_task(send(body(b"a" * 600_000, more_body=True)))
+        second = asyncio.create_task(send(body(b"b" * 10, more_body=True)))
+        await turns()
+        for task in (first, second):
+            task.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert first.cancelled()
+        assert second.cancelled()
+        await send(body(b"c"))
+
+    bench = Bench(application)
+    events = await bench.settle()
+    assert b"".join(event["body"] for event in events[1:]) == b"a" * 600_000 + b"b" * 10 + b"c"
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_the_end_follows_what_still_waits_for_the_client() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        sending = asyncio.create_task(send(body(b"a" * 600_000)))
+        await asyncio.sleep(0)
+        assert not sending.done()
+
+    bench = Bench(application)
+    await turns()
+    assert bench.instance.phase is Phase.FINISHING
+    events = await bench.settle()  # FakeInterface fails on events behind END
+    assert sum(len(event["body"]) for event in events[1:]) == 600_000
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_credit_that_was_never_sent_is_refused() -> None:
+    bench = Bench(hello, started=False)
+    with pytest.raises(FlowControlError):
+        bench.instance.credit_received(1)
+
+
+# The held start
+
+
+async def test_a_start_without_body_is_sent_when_the_application_waits_in_receive() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(START)
+        assert (await receive())["type"] == "http.disconnect"
+
+    bench = Bench(application)
+    assert await bench.settle() == [START]
+    bench.disconnect(DISCONNECT)
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_start_is_sent_at_once_when_somebody_waits_in_receive_already() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        listening = asyncio.create_task(receive())
+        await turns(3)
+        await send(START)
+        await listening
+
+    bench = Bench(application)
+    assert await bench.settle() == [START]
+    bench.disconnect(DISCONNECT)
+    await bench.over()
+
+
+@pytest.mark.parametrize("end", ["returns", "raises"])
+async def test_a_start_without_body_is_not_sent_when_the_application_ends(
+    end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        if end == "raises":
+            raise ZeroDivisionError("between start and body")
+
+    bench = Bench(application)
+    outcome = await bench.over()
+    assert bench.interface.events == []  # so the interface server can still answer 500
+    assert outcome is (Outcome.RAISED if end == "raises" else Outcome.RETURNED)
+    assert ("between start and body" if end == "raises" else "the application returned, but") in caplog.text
+
+
+# receive()
+
+
+async def test_a_cancelled_receive_loses_nothing() -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        for _ in range(3):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(receive(), 0.001)
+        waiting = asyncio.create_task(receive())
+        await asyncio.sleep(0)
+        ready.set()
+        await arrived.wait()
+        waiting.cancel()  # woken by the event, cancelled before it ran
+        await asyncio.gather(waiting, return_exceptions=True)
+        seen.append(waiting.cancelled())
+        seen.append(await receive())
+
+    ready, arrived = asyncio.Event(), asyncio.Event()
+    bench = Bench(application, first={"type": "http.request", "body": b"", "more_body": True})
+    await ready.wait()
+    late = {"type": "http.request", "body": b"late", "more_body": False}
+    arrived.set()
+    bench.event(late)
+    await bench.over()
+    assert seen == [True, late]
+
+
+async def test_several_receives_get_one_event_each() -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        seen.extend(await asyncio.gather(*(receive() for _ in range(4))))
+
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    await turns()
+    messages = [{"type": "websocket.receive", "text": str(number)} for number in range(3)]
+    for message in messages:
+        bench.event(message)
+    await bench.over()
+    assert seen == [CONNECT, *messages]
+
+
+async def test_receive_after_the_response_is_a_disconnect() -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        waiting = asyncio.create_task(receive())  # already waiting when the response is complete
+        await turns(2)
+        await hello(scope, receive, send)
+        seen.append(await waiting)
+        seen.append(await receive())
+        seen.append(await receive())
+
+    await Bench(application).over()
+    assert seen == [DISCONNECT] * 3
+
+
+async def test_the_disconnect_comes_behind_the_events_before_it_and_for_ever() -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await go.wait()
+        while len(seen) < 5:
+            seen.append(await receive())
+
+    go = asyncio.Event()
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    message = {"type": "websocket.receive", "bytes": b"1"}
+    bench.event(message)
+    bench.disconnect(GOING_AWAY)
+    go.set()
+    await bench.over()
+    assert seen == [CONNECT, message, GOING_AWAY, GOING_AWAY, GOING_AWAY]
+    assert seen[2] is not seen[3]  # an application may change what it got
+
+
+async def test_a_waiting_receive_gets_the_disconnect() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        assert await receive() == DISCONNECT
+
+    bench = Bench(application)
+    await turns()
+    bench.disconnect(DISCONNECT)
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_receive_of_another_task_does_not_hang_when_the_call_is_over() -> None:
+    waiting: list[asyncio.Task[Any]] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        waiting.append(asyncio.create_task(receive()))
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+    await Bench(application).over()
+    assert await waiting[0] == DISCONNECT
+
+
+async def test_credit_is_returned_as_the_application_receives() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            await step.wait()
+        await hello(scope, receive, send)
+
+    step = asyncio.Event()
+    chunk = {"type": "http.request", "body": bytes(60_000), "more_body": True}
+    bench = Bench(application, http_scope("POST"), first=chunk)
+    await turns()
+    for _ in range(3):
+        bench.event(chunk)
+    assert bench.interface.event(chunk) == []  # the window is used up
+    await turns()
+    assert bench.link.take() == []
+    step.set()
+    await bench.settle()
+    frames = [msgpack.unpackb(frame) for frame in bench.interface.outgoing.frames()]
+    assert len(frames) == 1
+    bench.deliver(*frames)
+    bench.event({"type": "http.request", "body": b"", "more_body": False})
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_peer_that_exceeds_the_window_is_noticed() -> None:
+    bench = Bench(hello, started=False, first=None)
+    event = encode_event({"type": "http.request", "body": bytes(60_000)})
+    for _ in range(4):
+        bench.instance.event_received(FrameKind.EVENT, event)
+    with pytest.raises(FlowControlError):
+        bench.instance.event_received(FrameKind.EVENT, event)
+    assert bench.instance.statistics().arrived_count == 4
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_receiving_is_told_once_and_only_when_asked(asked: bool) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await go.wait()
+        await receive()
+        await asyncio.wait([asyncio.create_task(receive())], timeout=0.001)
+        await hello(scope, receive, send)
+
+    go = asyncio.Event()
+    bench = Bench(application, http_scope("POST"), first=REQUEST, tell_receiving=asked)
+    await turns()
+    assert bench.link.take() == []
+    go.set()
+    await asyncio.sleep(0.01)
+    kinds = [frame[0] for frame in bench.link.take()]
+    assert kinds.count(FrameKind.RECEIVING) == asked
+
+
+# The client leaves
+
+
+async def test_send_raises_an_oserror_once_the_client_is_gone_and_nobody_logs_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        while True:
+            await send(body(bytes(1000), more_body=True))
+            await asyncio.sleep(0)
+
+    bench = Bench(application)
+    await turns()
+    bench.instance.client_gone()
+    await turns()
+    assert bench.ended == [bench.instance]
+    assert bench.link.take()[-1][0] == FrameKind.END
+    assert caplog.text == ""
+
+
+async def test_a_waiting_send_raises_when_the_client_goes() -> None:
+    errors: list[BaseException] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        with pytest.raises(ClientDisconnected, match="the client has disconnected") as error:
+            await send(body(bytes(10_000_000), more_body=True))
+        errors.append(error.value)
+        with pytest.raises(OSError, match="disconnected"):
+            await send(body(b""))
+        await receive()
+
+    bench = Bench(application)
+    await turns()
+    assert not errors
+    bench.instance.client_gone()
+    await turns()
+    assert len(errors) == 1
+    assert bench.instance.statistics().unsent_count == 0
+
+
+async def test_events_may_follow_gone_until_last() -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        while not seen or seen[-1]["type"] != "websocket.disconnect":
+            seen.append(await receive())
+
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    await turns()
+    bench.instance.client_gone()
+    bench.event({"type": "websocket.receive", "text": "late"})
+    await turns()
+    assert seen[-1]["text"] == "late"
+    bench.deliver(*bench.interface.last(GOING_AWAY))
+    assert await bench.over() is Outcome.RETURNED
+    assert seen[-1] == GOING_AWAY
+
+
+async def test_an_exception_group_of_disconnects_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(2):
+                group.create_task(send(body(bytes(1_000_000), more_body=True)))
+
+    bench = Bench(application)
+    await turns()
+    bench.instance.client_gone()
+    await turns()
+    assert bench.ended
+    assert caplog.text == ""
+
+
+async def test_an_error_in_answer_to_a_disconnect_is_one_line_without_traceback(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class FrameworkDisconnect(Exception):
+        pass
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        try:
+            await send(body(bytes(1_000_000), more_body=True))
+        except OSError:
+            raise FrameworkDisconnect("left") from None
+
+    caplog.set_level(logging.INFO)
+    bench = Bench(application)
+    await turns()
+    bench.instance.client_gone()
+    await turns()
+    (record,) = caplog.records
+    assert (record.levelname, record.exc_info) == ("INFO", None)
+    assert "FrameworkDisconnect('left')" in record.getMessage()
+
+
+async def test_an_error_after_a_disconnect_that_has_another_cause_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await receive()
+        raise ZeroDivisionError("in the cleanup")
+
+    bench = Bench(application)
+    await turns()
+    bench.disconnect(DISCONNECT)
+    assert await bench.over() is Outcome.RAISED
+    assert "Traceback" in caplog.text
+
+
+async def test_an_application_that_stays_is_cancelled_and_the_log_says_where_it_was(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def a_forgotten_wait() -> None:
+        await asyncio.Event().wait()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await a_forgotten_wait()
+
+    bench = Bench(application, http_scope("POST", "/slow"), close_timeout_s=0.01)
+    await turns()
+    bench.disconnect(DISCONNECT)
+    await bench.ending.wait()
+    assert await bench.over() is Outcome.CANCELLED
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith("POST /slow: the application did not return within 0.01 s after the client has")
+    assert "test_instance.py" in message
+    assert "in a_forgotten_wait" in message
+
+
+async def test_work_behind_a_complete_response_is_not_cancelled() -> None:
+    done = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await hello(scope, receive, send)
+        await asyncio.sleep(0.05)
+        done.set()
+
+    bench = Bench(application, close_timeout_s=0.001)
+    await bench.settle()
+    bench.disconnect(DISCONNECT)
+    await done.wait()
+    assert await bench.over() is Outcome.RETURNED
+
+
+@pytest.mark.parametrize("close_timeout_s", [float("inf"), 30.0])
+async def test_an_application_that_returns_in_time_is_left_alone(close_timeout_s: float) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await receive()
+        await asyncio.sleep(0.01)
+
+    bench = Bench(application, close_timeout_s=close_timeout_s)
+    await turns()
+    bench.disconnect(DISCONNECT)
+    await bench.ending.wait()
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_messages_behind_a_complete_response_are_ignored_also_when_the_client_is_gone() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await hello(scope, receive, send)
+        await gone.wait()
+        await send(body(b"more"))
+
+    gone = asyncio.Event()
+    bench = Bench(application)
+    await bench.settle()
+    bench.disconnect(DISCONNECT)
+    gone.set()
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_websocket_application_that_sends_after_its_own_close_gets_an_oserror() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.close", "code": 4001})
+        with pytest.raises(OSError, match="closed this WebSocket"):
+            await send({"type": "websocket.send", "text": "late"})
+        assert await receive() == CONNECT
+        assert await receive() == GOING_AWAY
+
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    events = await bench.settle()
+    assert events[-1] == {"type": "websocket.close", "code": 4001, "reason": ""}
+    bench.deliver(*bench.interface.last(GOING_AWAY))
+    assert await bench.over() is Outcome.RETURNED
+
+
+@pytest.mark.parametrize(
+    ("scope", "first", "expected"),
+    [
+        (http_scope(), REQUEST, DISCONNECT),
+        (websocket_scope(), CONNECT, {"type": "websocket.disconnect", "code": 1006, "reason": ""}),
+    ],
+)
+async def test_the_end_of_the_link_is_a_disconnect_and_nothing_is_answered(
+    scope: dict[str, Any], first: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(await receive())
+        seen.append(await receive())
+        with pytest.raises(ClientDisconnected, match="interface server died"):
+            await send(START if scope["type"] == "http" else {"type": "websocket.accept"})
+
+    bench = Bench(application, scope, first=first)
+    await turns()
+    bench.instance.refused("the interface server died")
+    await turns()
+    assert bench.ended
+    assert seen == [first, expected]
+    assert bench.link.take() == []
+
+
+# Ends
+
+
+async def test_an_exception_is_logged_once_with_the_applications_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        raise ZeroDivisionError("mine")
+
+    assert await Bench(application, http_scope("POST", "/x")).over() is Outcome.RAISED
+    (record,) = caplog.records
+    assert record.name == "trunkline.worker"
+    assert record.getMessage() == "Exception in ASGI application, POST /x"
+    assert "ZeroDivisionError: mine" in caplog.text
+    assert "in _run" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), asyncio.CancelledError(), type("MyError", (BaseException,), {})("mine")], ids=repr
+)
+async def test_any_exception_ends_the_instance_only(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        raise error
+
+    assert await Bench(application).over() is Outcome.RAISED
+    assert len(caplog.records) == 1
+
+
+async def test_an_invalid_event_is_raised_at_the_faulty_line(caplog: pytest.LogCaptureFixture) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": "200"})
+
+    assert await Bench(application).over() is Outcome.RAISED
+    assert 'await send({"type": "http.response.start", "status": "200"})' in caplog.text
+
+
+async def test_an_invalid_event_may_be_caught_and_the_response_goes_on() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(InvalidEvent):
+            await send({"type": "http.response.start", "status": 200, "headers": [("x", "y")]})
+        await hello(scope, receive, send)
+
+    bench = Bench(application)
+    assert await bench.settle() == [START, body(b"hello")]
+    await bench.over()
+
+
+@pytest.mark.parametrize(
+    ("application_events", "scope", "text"),
+    [
+        ([], http_scope(), "no response has been started"),
+        ([START, body(b"", True)], http_scope(), "the response is being sent"),
+        ([], websocket_scope(), "without accepting or closing"),
+        ([START, body(b"")], http_scope(), None),
+        ([{"type": "websocket.accept"}], websocket_scope(), None),
+        ([{"type": "websocket.close"}], websocket_scope(), None),
+    ],
+)
+async def test_a_return_that_leaves_the_client_waiting_is_logged(
+    application_events: list[Any], scope: dict[str, Any], text: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        for event in application_events:
+            await send(event)
+
+    assert await Bench(application, scope).over() is Outcome.RETURNED
+    assert [text in record.getMessage() for record in caplog.records if text] == ([True] if text else [])
+    assert len(caplog.records) == (text is not None)
+
+
+async def test_each_instance_has_a_context_of_its_own() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="unset")
+    seen: list[str] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(variable.get())
+        variable.set(scope["path"])
+        await asyncio.sleep(0)
+        seen.append(variable.get())
+
+    for path in ("/a", "/b"):
+        Bench(application, websocket_scope(path), first=CONNECT)
+    await turns()
+    assert seen == ["unset", "unset", "/a", "/b"]
+    assert variable.get() == "unset"
+
+
+# The worker stops
+
+
+async def test_a_websocket_is_closed_1012_and_its_application_told() -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        seen.append(await receive())
+        with pytest.raises(OSError, match="the worker stops"):
+            await send({"type": "websocket.send", "text": "late"})
+
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    await bench.settle()
+    bench.instance.shut_down()
+    bench.instance.shut_down()
+    assert await bench.over() is Outcome.CANCELLED
+    assert seen == [{"type": "websocket.disconnect", "code": 1012, "reason": ""}]
+    assert bench.interface.events[1:] == [{"type": "websocket.close", "code": 1012, "reason": "the worker stops"}]
+
+
+async def test_a_websocket_that_is_not_accepted_is_not_closed_by_us() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        assert (await receive())["code"] == 1012
+
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    await turns()
+    bench.instance.shut_down()
+    assert await bench.over() is Outcome.CANCELLED
+    assert bench.interface.events == []  # a close now would be a 403
+
+
+async def test_http_goes_on_when_the_worker_stops_until_it_is_cancelled(caplog: pytest.LogCaptureFixture) -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        await asyncio.Event().wait()
+
+    bench = Bench(application)
+    bench.instance.shut_down()
+    await turns()
+    assert bench.instance.phase is Phase.RUNNING
+    bench.instance.cancel("time is up")
+    assert await bench.over() is Outcome.CANCELLED
+    assert "time is up; it is cancelled, it waited at" in caplog.text
+
+
+async def test_cancel_after_the_end_does_nothing() -> None:
+    bench = Bench(hello)
+    await bench.over()
+    bench.instance.cancel("late")
+    bench.instance.shut_down()
+    bench.instance.client_gone()
+    assert bench.ended == [bench.instance]
+
+
+async def test_statistics_and_repr_show_the_state() -> None:
+    bench = Bench(hello, started=False)
+    statistics = bench.instance.statistics()
+    assert (statistics.phase, statistics.granted, statistics.sent) == (Phase.CLAIMED, False, State.WAITING)
+    assert (statistics.arrived_count, statistics.unsent_bytes) == (1, 0)
+    assert repr(bench.instance) == "<Instance GET / itestinterface!1 epoch 1 claimed, not granted, WAITING>"

@@ -1,0 +1,41 @@
+"""Which settings a worker refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from worker.settings import WorkerSettings
+
+
+def make(**values: Any) -> WorkerSettings:
+    return WorkerSettings(redis_url="redis://localhost", application="app:app", **values)
+
+
+def test_the_defaults_are_accepted() -> None:
+    settings = make()
+    assert (settings.concurrency, settings.websockets_max) == (100, 20_000)
+    assert settings.channels == ("http.request", "websocket.connect")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"concurrency": 0},
+        {"websockets_max": 0},
+        {"close_timeout_s": -1},
+        {"close_timeout_s": float("nan")},
+        {"stop_timeout_s": -0.1},
+        {"lifespan_shutdown_timeout_s": -1},
+        {"window_bytes": 64 * 1024},
+        {"channels": ()},
+        {"channels": ("http.request", "jobs")},
+        {"interface": "wsgi"},
+        {"lifespan": "maybe"},
+    ],
+)
+def test_what_cannot_work_is_refused_with_name_and_value(values: dict[str, Any]) -> None:
+    (name,) = values
+    with pytest.raises(ValueError, match=name.removesuffix("s")):
+        make(**values)
