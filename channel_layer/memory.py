@@ -40,6 +40,9 @@ __all__ = ["InMemoryChannelLayer", "MemoryStatistics"]
 # Expired messages that nobody asks for are looked for this often an expiry, when any call comes: a sweep visits
 # every channel, so more often costs more, and less often lets abandoned messages stay longer than they live.
 _SWEEPS_PER_EXPIRY: Final = 4
+# A channel in which a message expired unread, and from which nobody has received for this many times the expiry
+# since, has lost its reader: it leaves its groups. Not at once, as a consumer may be at work for so long.
+_ABANDONED_EXPIRIES: Final = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +102,9 @@ class InMemoryChannelLayer(ChannelsBackend):
     """Channels and groups of this process. See base.ChannelLayer for what each call does and raises.
 
     ``expiry``: seconds until a message that nobody received is dropped. ``capacity``, ``channel_capacity``: see
-    capacity.py. ``group_expiry``: seconds after its last group_add until a membership ends. A process-local
-    channel in which a message expires unread also leaves its groups: its reader is gone, and the name never
-    comes back. All as in Channels' layer of this name. ``clock`` is for tests.
+    capacity.py. ``group_expiry``: seconds after its last group_add until a membership ends. All as in
+    Channels' layer of this name. A process-local channel that nobody reads any more leaves its groups earlier,
+    ten expiries after the first message that expired there: the name never comes back. ``clock`` is for tests.
     """
 
     def __init__(
@@ -131,6 +134,8 @@ class InMemoryChannelLayer(ChannelsBackend):
         self._groups: dict[str, dict[str, float]] = {}
         # The same the other way round, for a channel that leaves all its groups.
         self._groups_of: dict[str, set[str]] = {}
+        # Process-local member of a group -> when a message expired there for the first time since its last receive().
+        self._unread_since: dict[str, float] = {}
         self._next_sweep = clock() + self.expiry / _SWEEPS_PER_EXPIRY
         self._expired_count = 0
         self._full_count = 0
@@ -176,6 +181,7 @@ class InMemoryChannelLayer(ChannelsBackend):
         await asyncio.sleep(0)  # a channel that always has a message does not starve the others of this loop
         with self._lock:
             now = self._sweep_if_due()
+            self._unread_since.pop(channel, None)
             state = self._channels.get(channel)
             if state is not None:
                 self._drop_expired(state, now)
@@ -239,6 +245,7 @@ class InMemoryChannelLayer(ChannelsBackend):
             self._shares.clear()
             self._groups.clear()
             self._groups_of.clear()
+            self._unread_since.clear()
 
     async def close(self) -> None:
         """Do nothing: there is no connection. Here because code for Channels' layers calls it."""
@@ -368,9 +375,11 @@ class InMemoryChannelLayer(ChannelsBackend):
             count += 1
         if count:
             self._expired_count += count
-            if "!" in state.name and not state.readers:
-                for group in list(self._groups_of.get(state.name, ())):
-                    self._end_membership(group, state.name)
+            if "!" in state.name and state.name in self._groups_of and not state.readers:
+                unread_since = self._unread_since.setdefault(state.name, now)
+                if now - unread_since >= _ABANDONED_EXPIRIES * self.expiry:
+                    for group in list(self._groups_of[state.name]):
+                        self._end_membership(group, state.name)
             self._forget_if_idle(state)
 
     def _end_membership(self, group: str, channel: str) -> None:
@@ -383,6 +392,7 @@ class InMemoryChannelLayer(ChannelsBackend):
         groups.discard(group)
         if not groups:
             del self._groups_of[channel]
+            self._unread_since.pop(channel, None)
 
     # On the loop of a reader that stood still; takes the lock
 

@@ -31,7 +31,14 @@ from channel_layer.channels_compat import channel_full
 from channel_layer.codec import encode_message
 from channel_layer.errors import BrokerError, BrokerUnavailable
 from channel_layer.messages import CAPACITY_DEFAULT, EXPIRY_DEFAULT_S, check_seconds
-from channel_layer.names import Keys, check_channel_name, check_group_name, non_local_name, process_of
+from channel_layer.names import (
+    NORMAL_MEMBER_MARK,
+    Keys,
+    check_channel_name,
+    check_group_name,
+    non_local_name,
+    process_of,
+)
 
 __all__ = ["Publisher", "PublisherStatistics"]
 
@@ -55,8 +62,8 @@ class PublisherStatistics:
     sent_count: int  # messages of send() that the broker stored
     full_count: int  # messages of send() refused with ChannelFull
     group_sent_count: int  # calls of group_send()
-    letter_count: int  # messages of group_send() stored in the mail of a process
-    mail_full_count: int  # messages of group_send() dropped, as the mail of a process was full
+    group_stored_count: int  # messages of group_send() stored, one for each process or normal channel
+    group_dropped_count: int  # messages of group_send() dropped, as the mail or the normal channel was full
 
 
 class Publisher:
@@ -112,8 +119,8 @@ class Publisher:
         self._sent_count = 0
         self._full_count = 0
         self._group_sent_count = 0
-        self._letter_count = 0
-        self._mail_full_count = 0
+        self._group_stored_count = 0
+        self._group_dropped_count = 0
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
@@ -132,8 +139,8 @@ class Publisher:
             sent_count=self._sent_count,
             full_count=self._full_count,
             group_sent_count=self._group_sent_count,
-            letter_count=self._letter_count,
-            mail_full_count=self._mail_full_count,
+            group_stored_count=self._group_stored_count,
+            group_dropped_count=self._group_dropped_count,
         )
 
     def close(self) -> None:
@@ -164,33 +171,40 @@ class Publisher:
         self._sent_count += 1
 
     def group_send(self, group: str, message: Message) -> None:
-        """Send a message to all channels of a group; return when it is in the mail of each process with members.
+        """Send a message to all channels of a group; return when it is on its way to each process with members.
 
-        A process whose mail is full misses it; never raises ChannelFull. Otherwise raises what send() raises;
-        BrokerUnavailable then means that some processes may have it and others not.
+        A process or normal channel that is full misses it; never raises ChannelFull. Otherwise raises what send()
+        raises; BrokerUnavailable then means that some processes may have it and others not.
         """
         check_group_name(group)
-        letter = mail.build_group_send(group, encode_message(message))
-        (processes,) = self._run_scripts(scripts.GROUP_MEMBERS, [(self._keys.group(group),)])
-        if isinstance(processes, redis.ResponseError):
-            raise BrokerError(str(processes)) from processes
+        encoded = encode_message(message)
+        letter = mail.build_group_send(group, encoded)
+        (members,) = self._run_scripts(scripts.GROUP_MEMBERS, [(self._keys.group(group),)])
+        if isinstance(members, redis.ResponseError):
+            raise BrokerError(str(members)) from members
         portion = max(1, min(_PORTION_COUNT_MAX, _PORTION_BYTES_MAX // len(letter)))
         failure: redis.ResponseError | None = None
-        for first in range(0, len(processes), portion):
-            calls: list[tuple[str | bytes | int, ...]] = [
-                (self._keys.mail(process.decode()), mail.MAIL_CAPACITY, self._expiry_ms, letter)
-                for process in processes[first : first + portion]
+        for first in range(0, len(members), portion):
+            calls = [
+                self._group_call(member.decode(), letter, encoded) for member in members[first : first + portion]
             ]
             for answer in self._run_scripts(scripts.PUSH, calls):
                 if isinstance(answer, redis.ResponseError):
-                    failure = answer  # the other processes get theirs all the same
+                    failure = answer  # the others get theirs all the same
                 elif _stored_count(answer):
-                    self._letter_count += 1
+                    self._group_stored_count += 1
                 else:
-                    self._mail_full_count += 1
+                    self._group_dropped_count += 1
         if failure is not None:
             raise BrokerError(str(failure)) from failure
         self._group_sent_count += 1
+
+    def _group_call(self, member: str, letter: bytes, encoded: bytes) -> tuple[str | bytes | int, ...]:
+        """Key and arguments of push.lua for one entry of the registry: a process, or a marked normal channel."""
+        if member.startswith(NORMAL_MEMBER_MARK):
+            channel = member.removeprefix(NORMAL_MEMBER_MARK)
+            return self._keys.normal(channel), self._capacities.of(channel), self._expiry_ms, encoded
+        return self._keys.mail(member), mail.MAIL_CAPACITY, self._expiry_ms, letter
 
     def _run_scripts(self, script: scripts.Script, calls: Sequence[tuple[str | bytes | int, ...]]) -> list[Any]:
         """Run a script once for each call (its key, then its arguments), in one pipeline; answers or ResponseErrors.
