@@ -30,6 +30,7 @@ from channel_layer.connection import FlowControlError
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName, WireError
 from channel_layer.frames import Frame, FrameKind, build_claim, build_closed
 from channel_layer.openings import Opening, decode_opening
+from channel_layer.process_layer import RedisProcessLayer
 from worker.application import Application, build_application
 from worker.instance import Instance, Phase
 from worker.lifespan import Lifespan, LifespanFailed
@@ -468,6 +469,7 @@ async def _serve(settings: WorkerSettings) -> int:
     application = build_application(candidate, settings.interface)
     lifespan = Lifespan(application, mode=settings.lifespan)
     process = WorkerProcess(settings, application=application, layer=layer, state=lifespan.state)
+    layer.epoch_of = process.epoch_of
     # From here on signals are ours; until here they end the process as they end any Python.
     stop, at_once = asyncio.Event(), asyncio.Event()
     _install_signal_handlers(loop, stop, at_once)
@@ -513,10 +515,7 @@ async def _serve_connections(
     return await _unless(at_once, lifespan.shutdown(settings.lifespan_shutdown_timeout_s)) is True and is_clean
 
 
-def _build_layer(settings: WorkerSettings) -> ProcessLayer:
-    # Here, so that WorkerProcess can be used and tested on any layer; and before prepare_import().
-    from channel_layer.process_layer import RedisProcessLayer
-
+def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:
     try:
         return RedisProcessLayer(url=settings.redis_url, prefix=settings.prefix, role="worker")
     except (ValueError, InvalidName) as error:  # a bad URL, a bad prefix
