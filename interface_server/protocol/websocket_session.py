@@ -60,6 +60,8 @@ class State(Enum):
     CLOSING = "our Close is sent, the client's is awaited"
     CLOSED = "nothing passes any more"
 
+    __hash__ = object.__hash__  # Enum's is Python code, and every message looks into the table
+
 
 class Input(Enum):
     """Everything that can happen to a connection."""
@@ -82,6 +84,8 @@ class Input(Enum):
     LOST = "the socket is gone"
     # From ourselves.
     TIMED_OUT = "the deadline of this state has passed"
+
+    __hash__ = object.__hash__
 
 
 _EVENTS: Final = {
