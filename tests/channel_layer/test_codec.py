@@ -19,17 +19,19 @@ from channel_layer.codec import decode_event, decode_message, encode_event, enco
 from channel_layer.errors import InvalidMessage, MessageTooLarge, WireError
 from channel_layer.messages import DEPTH_MAX, INT_MAX, INT_MIN, MESSAGE_BYTES_MAX
 
-texts = st.text(st.characters(exclude_categories=["Cs"]))
+texts = st.text(max_size=20)  # without surrogates
 leaves = (
     st.none()
     | st.booleans()
     | st.integers(INT_MIN, INT_MAX)
     | st.floats(allow_nan=False, allow_infinity=False)
     | texts
-    | st.binary()
+    | st.binary(max_size=20)
 )
-values = st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=20)
-messages = st.dictionaries(texts.filter(lambda key: key != "__asgi_channel__"), values)
+values = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=4), max_leaves=8
+)
+messages = st.dictionaries(texts, values, max_size=4)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -42,31 +44,21 @@ def same(one: Any, other: Any) -> bool:
 
 @given(messages)
 def test_a_message_arrives_as_it_was(message: dict[str, Any]) -> None:
-    assert same(decode_message(encode_message(message)), message)
-
-
-@given(messages)
-def test_an_event_arrives_as_it_was(event: dict[str, Any]) -> None:
-    assert same(decode_event(encode_event(event)), event)
-    assert encode_event(event) == encode_message(event)
-
-
-@given(messages)
-def test_checking_fast_and_slowly_agrees(message: dict[str, Any]) -> None:
-    assert codec._is_plain(message, DEPTH_MAX)
+    encoded = encode_message(message)
+    assert same(decode_message(encoded), message)
+    assert same(decode_event(encoded), message)
+    assert encode_event(message) == encoded
+    # The slow way, taken for subclasses, comes to the same.
     assert same(codec._plain_copy(message, "message", DEPTH_MAX), message)
 
 
-@given(messages)
-def test_changes_after_encoding_change_nothing(message: dict[str, Any]) -> None:
+def test_encoding_is_a_snapshot() -> None:
+    message: dict[str, Any] = {"list": [1, {"a": b"b"}]}
     encoded = encode_message(message)
-    copy = bytes(encoded)
+    message["list"][1]["a"] = b"c"
+    message["list"].append(2)
     message["added"] = 1
-    for value in message.values():
-        if isinstance(value, list | dict):
-            value.clear()
-    assert encoded == copy
-    assert type(encoded) is bytes
+    assert decode_message(encoded) == {"list": [1, {"a": b"b"}]}
 
 
 @pytest.mark.parametrize("number", [0, -1, 2**31, 2**32, INT_MAX, INT_MIN, 127, 128, -32, -33])
