@@ -5,15 +5,18 @@ import logging
 import socket
 from contextlib import asynccontextmanager
 
+import msgpack
 import pytest
 import websockets
 from twisted.internet.asyncioreactor import AsyncioSelectorReactor
 from websockets.asyncio.client import connect
 
-from channel_layer.frames import Outcome
+from channel_layer.codec import decode_event, encode_event, encode_message
+from channel_layer.frames import FrameKind, Outcome, build_claim, build_credit, build_event
 from interface_server.access_log import AccessLog
 from interface_server.broadcast import Broadcast
 from interface_server.client import Refusal
+from interface_server.connections import Connections
 from interface_server.deadlines import Deadlines
 from interface_server.end_watch import EndWatch
 from interface_server.http1 import Http1Factory
@@ -21,6 +24,7 @@ from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.protocol.websocket_frames import PING, PONG, TEXT, build_close, build_frame
 from interface_server.protocol.websocket_session import State
 from interface_server.websocket import WebSockets
+from tests.interface_server.test_connections import FakeLayer
 from tests.interface_server.websocket_helpers import (
     ACCEPT,
     PEER,
@@ -614,9 +618,8 @@ def test_repr_and_statistics_show_the_state():
 
 @asynccontextmanager
 async def server(application=None, *, accept=True, on_open=None, **changes):
-    """A listener whose application echoes; yields its port and the connections."""
+    """A listener whose application echoes; yields the connections, and its port with them."""
     loop = asyncio.get_running_loop()
-    reactor = AsyncioSelectorReactor(loop)
     connections = FakeConnections()
 
     def echo(connection, event):
@@ -627,12 +630,19 @@ async def server(application=None, *, accept=True, on_open=None, **changes):
 
     connections.application = echo if application is None else application
     connections.on_open = on_open or (accept_soon if accept else None)
-    changed = build_settings(**changes)
+    async with listener(connections, build_settings(**changes)) as (connections.port, connections.shared):
+        yield connections
+
+
+@asynccontextmanager
+async def listener(connections, settings):
+    loop = asyncio.get_running_loop()
+    reactor = AsyncioSelectorReactor(loop)
     deadlines = Deadlines(call_later=loop.call_later, clock=loop.time, tick_s=0.02)
     access_log = AccessLog(wanted=False)
     server_headers = ServerHeaders(date=True, server=True, clock=lambda: 0)
     shared = WebSockets(
-        settings=changed,
+        settings=settings,
         connections=connections,
         access_log=access_log,
         deadlines=deadlines,
@@ -640,7 +650,7 @@ async def server(application=None, *, accept=True, on_open=None, **changes):
     )
     end_watch = EndWatch(reactor)
     factory = Http1Factory(
-        settings=changed,
+        settings=settings,
         connections=connections,
         websockets=shared,
         access_log=access_log,
@@ -648,13 +658,11 @@ async def server(application=None, *, accept=True, on_open=None, **changes):
         server_headers=server_headers,
         end_watch=end_watch,
     )
-    listener = reactor.listenTCP(0, factory, interface="127.0.0.1")
-    connections.port = listener.getHost().port
-    connections.shared = shared
+    port = reactor.listenTCP(0, factory, interface="127.0.0.1")
     try:
-        yield connections
+        yield port.getHost().port, shared
     finally:
-        await listener.stopListening().asFuture(loop)
+        await port.stopListening().asFuture(loop)
         factory.abort()
         await until(lambda: not factory.protocols)
         end_watch.close()
@@ -673,11 +681,15 @@ async def until(condition):
 
 async def raw(connections, *, receive_buffer=None):
     """A TCP connection with a completed handshake."""
+    return await raw_to(connections.port, receive_buffer=receive_buffer)
+
+
+async def raw_to(port, *, receive_buffer=None):
     sock = socket.socket()
     if receive_buffer is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     sock.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", connections.port))
+    await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
     reader, writer = await asyncio.open_connection(sock=sock)
     head = build_head()
     lines = [b"GET /ws HTTP/1.1", *(name + b": " + value for name, value in head.headers), b"\r\n"]
@@ -881,4 +893,126 @@ async def test_frames_of_one_loop_turn_are_sent_at_once():
         writer.write(client_frame(1, b"go"))
         expected = b"".join(build_frame(TEXT, b"%d" % number) for number in range(100))
         assert await reader.read(65536) == expected
+        writer.close()
+
+
+# With real sockets and connections.py: group messages and credit
+
+
+class Side:
+    """The worker's side of a real Connections."""
+
+    def __init__(self, settings):
+        self.layer = FakeLayer()
+        self.connections = Connections(self.layer, settings, loop=asyncio.get_running_loop())
+
+    async def accept(self, number):
+        """Take the connection with this number and accept it."""
+        await until(lambda: len(self.layer.calls) >= number)
+        self.layer.calls[number - 1][3].set_result(b"element %d" % number)
+        self.frame(build_claim(number, 1))
+        self.send(number, {"type": "websocket.accept"})
+
+    def frame(self, encoded):
+        self.connections.frame_received("wworker", msgpack.unpackb(encoded))
+
+    def send(self, number, event):
+        self.frame(build_event(number, 1, encode_event(event)))
+
+    def group_send(self, numbers, event):
+        channels = [f"interface.iinterface!{number}" for number in numbers]
+        self.connections.deliver(channels, encode_message(event))
+
+    def events(self, kind):
+        """Events that were sent to the worker in frames of this kind."""
+        return [decode_event(frame[3]) for _, frame in self.layer.sent if frame[0] == kind]
+
+
+@asynccontextmanager
+async def real_server(**changes):
+    settings = build_settings(**changes)
+    side = Side(settings)
+    async with listener(side.connections, settings) as (port, shared):
+        side.port, side.shared = port, shared
+        try:
+            yield side
+        finally:
+            side.connections.cut()
+            side.connections.close()
+
+
+async def test_what_groups_and_the_application_send_arrives_in_order():
+    async with real_server() as side:
+        opening = asyncio.ensure_future(raw_to(side.port))
+        await side.accept(1)
+        reader, writer = await opening
+        for number in range(0, 200, 2):
+            side.group_send([1], {"type": "websocket.send", "text": str(number)})
+            side.send(1, {"type": "websocket.send", "text": str(number + 1)})
+            if not number % 20:
+                await asyncio.sleep(0)
+        expected = b"".join(build_frame(TEXT, b"%d" % number) for number in range(200))
+        assert await reader.readexactly(len(expected)) == expected
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_broadcasts_is_closed_and_the_others_notice_nothing():
+    async with real_server(client_buffer_bytes_max=300_000, ws_close_timeout_s=0.2) as side:
+        clients = []
+        for number in range(1, 6):
+            opening = asyncio.ensure_future(raw_to(side.port, receive_buffer=4096 if number == 1 else None))
+            await side.accept(number)
+            clients.append(await opening)
+        received = [0] * 5
+        frame_bytes = len(build_frame(TEXT, b"x" * 20_000))
+
+        async def read(position):
+            while data := await clients[position][0].read(65536):
+                received[position] += len(data)
+
+        readers = [asyncio.ensure_future(read(position)) for position in range(1, 5)]
+        count = 0
+        while side.connections.open_count == 5:
+            side.group_send(range(1, 6), {"type": "websocket.send", "text": "x" * 20_000})
+            count += 1
+            assert count < 1000
+            expected = count * frame_bytes
+            await until(lambda expected=expected: min(received[1:]) >= expected)
+        assert received[1:] == [count * frame_bytes] * 4
+        disconnects = side.events(FrameKind.LAST)
+        assert [event["code"] for event in disconnects] == [1013]
+        assert side.connections.memory.statistics().dropped_by_client_limit_count == 1
+        assert side.connections.memory.statistics().held_bytes == 0
+        # It gets what the sockets hold, then the end.
+        await until(lambda: len(side.shared.clients) == 4)
+        side.group_send(range(1, 6), {"type": "websocket.close", "code": 4000})
+        async with asyncio.timeout(5):
+            for _, writer in clients[1:]:
+                writer.write(client_close(4000))
+            await asyncio.gather(*readers)
+        assert received[1:] == [count * frame_bytes + 4] * 4
+        for _, writer in clients:
+            writer.close()
+
+
+async def test_a_window_of_messages_stops_the_reading_and_credit_goes_on_with_it():
+    async with real_server(window_bytes=128 * 1024) as side:
+        opening = asyncio.ensure_future(raw_to(side.port))
+        await side.accept(1)
+        _, writer = await opening
+        payload = b"x" * 1000
+        message = client_frame(2, payload)
+        writer.write(message * 2000)
+        (client,) = side.shared.clients
+        await until(lambda: client._reading_paused)
+        taken = len(side.events(FrameKind.EVENT))
+        assert 100 < taken < 140  # 128 KiB
+        total = 0
+        while taken < 2000:
+            total = sum(max(64, len(frame[3])) for _, frame in side.layer.sent if frame[0] == FrameKind.EVENT)
+            side.frame(build_credit(1, 1, total))
+            before = taken
+            await until(lambda before=before: len(side.events(FrameKind.EVENT)) > before)
+            taken = len(side.events(FrameKind.EVENT))
+        assert side.events(FrameKind.EVENT) == [{"type": "websocket.receive", "bytes": payload}] * 2000
         writer.close()
