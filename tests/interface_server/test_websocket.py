@@ -660,6 +660,7 @@ async def listener(connections, settings):
     )
     port = reactor.listenTCP(0, factory, interface="127.0.0.1")
     try:
+        shared.protocols = factory.protocols
         yield port.getHost().port, shared
     finally:
         await port.stopListening().asFuture(loop)
@@ -1015,4 +1016,27 @@ async def test_a_window_of_messages_stops_the_reading_and_credit_goes_on_with_it
             await until(lambda before=before: len(side.events(FrameKind.EVENT)) > before)
             taken = len(side.events(FrameKind.EVENT))
         assert side.events(FrameKind.EVENT) == [{"type": "websocket.receive", "bytes": payload}] * 2000
+        writer.close()
+
+
+async def test_an_upgrade_that_waited_behind_another_request_is_read():
+    """Much was pipelined behind the first request, so the socket was not read any more."""
+    async with real_server() as side:
+        reader, writer = await asyncio.open_connection("127.0.0.1", side.port)
+        head = build_head()
+        lines = [b"GET /ws HTTP/1.1", *(name + b": " + value for name, value in head.headers), b"\r\n"]
+        writer.write(b"GET /plain HTTP/1.1\r\nhost: example.org\r\n\r\n" + b"\r\n".join(lines))
+        messages = client_frame(2, b"x" * 1000) * 200
+        writer.write(messages)
+        await until(lambda: side.layer.calls)
+        side.layer.calls[0][3].set_result(b"element 1")
+        side.frame(build_claim(1, 1))
+        (protocol,) = side.shared.protocols
+        await until(lambda: not protocol._is_reading)
+        side.send(1, {"type": "http.response.start", "status": 204, "headers": []})
+        side.send(1, {"type": "http.response.body"})
+        await side.accept(2)
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204 ")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+        await until(lambda: len(side.events(FrameKind.EVENT)) >= 200)
         writer.close()
