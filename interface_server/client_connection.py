@@ -84,9 +84,12 @@ class _Held(IntEnum):
     SHARED = 1  # (SHARED, Broadcast or event that many instances sent, its cost in credit)
     BROADCAST = 2  # (BROADCAST, Broadcast of a group, bytes)
     GROUP_EVENT = 3  # (GROUP_EVENT, event of a group, bytes)
+    GROUP_CLOSE = 4  # (GROUP_CLOSE, event of a group that does not wait for accept_broadcasts(), bytes)
 
 
 _Item = tuple[_Held, Any, int]
+
+_OF_GROUPS: Final = frozenset({_Held.BROADCAST, _Held.GROUP_EVENT, _Held.GROUP_CLOSE})
 
 
 class ClientConnection:
@@ -189,7 +192,7 @@ class ClientConnection:
             if self._queue is None:
                 self._queue = deque(early)
             else:
-                # They came before anything that is queued now could have been delivered.
+                # What is queued now came behind them.
                 self._queue.extendleft(reversed(early))
             self._drain()
 
@@ -360,8 +363,9 @@ class ClientConnection:
 
     def queue_group_event(self, event: dict[str, Any], size_bytes: int, *, before_accept: bool) -> bool:
         """Queue an event that a group sent; ``before_accept``: it does not wait for ``accept_broadcasts``."""
-        item = (_Held.GROUP_EVENT, event, size_bytes)
-        return self._queue_item(item) if before_accept else self._queue_for_group(item)
+        if before_accept:
+            return self._queue_item((_Held.GROUP_CLOSE, event, size_bytes))
+        return self._queue_for_group((_Held.GROUP_EVENT, event, size_bytes))
 
     def flush_queue(self) -> None:
         self._flush_wanted = False
@@ -376,14 +380,18 @@ class ClientConnection:
     # Delivery to the client
 
     def _queue_for_group(self, item: _Item) -> bool:
-        if self._accepting:
+        if self._accepting or self._queue is not None:
+            # Behind what the instance has sent, which may be its accept.
             return self._queue_item(item)
         if self._client is not None:
-            if self._early is None:
-                self._early = []
-            self._early.append(item)
+            self._hold_early(item)
             self._hub.memory.hold(self, item[2])
         return False
+
+    def _hold_early(self, item: _Item) -> None:
+        if self._early is None:
+            self._early = []
+        self._early.append(item)
 
     def _queue_item(self, item: _Item) -> bool:
         if self._client is None:
@@ -407,7 +415,7 @@ class ClientConnection:
             return
         for held, _, size in islice(queue, self._counted, None):
             self._counted += 1
-            if held is _Held.BROADCAST or held is _Held.GROUP_EVENT:
+            if held in _OF_GROUPS:
                 self._hub.memory.hold(self, size)
                 if self._queue is not queue:
                     return  # it was too much, and everything is over
@@ -425,7 +433,14 @@ class ClientConnection:
             if held is _Held.EVENT:
                 self._deliver_event(value, size)
                 continue
-            if is_counted and held is not _Held.SHARED:
+            if held is _Held.SHARED:
+                pass
+            elif not self._accepting and held is not _Held.GROUP_CLOSE:
+                self._hold_early((held, value, size))
+                if not is_counted:
+                    self._hub.memory.hold(self, size)
+                continue
+            elif is_counted:
                 self._hub.memory.release(self, size)
             self._delivering = True
             try:

@@ -517,10 +517,8 @@ class Connections:
         if connection is None:
             return
         if decision is Decision.SEND_AGAIN:
-            # PUSHING or PARKED: the broker went away while a copy was sent again.
-            if connection.state is State.WAITING:
-                _LOGGER.warning("opening of %r was lost; sent again", connection)
-                self._push(connection)
+            _LOGGER.warning("opening of %r was lost; sent again", connection)
+            self._push(connection)
         elif decision is Decision.REMOVE:
             element = self._watch.element(number)
             assert element is not None

@@ -426,6 +426,19 @@ async def test_nobody_is_late_while_the_broker_is_away(bench):
     assert client.log == []
 
 
+async def test_a_claim_of_a_connection_that_waits_for_the_broker_to_store_it_again(bench):
+    client = bench.open()
+    bench.layer.broker_reachable = False
+    await bench.answer("push", BrokerUnavailable("lost after it was stored"))
+    bench.frame(build_claim(1, 1))
+    assert client.connection.state is State.OWNED
+    bench.layer.broker_reachable = True
+    bench.connections.broker_changed(True)
+    await bench.advance(10)
+    assert len(bench.layer.calls) == 1
+    assert client.log == []
+
+
 # Lost and late openings
 
 
@@ -797,6 +810,25 @@ async def test_a_congested_link_stops_the_reading_until_it_has_room(bench):
     assert bench.take_sent() == []
 
 
+async def test_a_worker_that_dies_while_its_link_is_congested(bench):
+    client = await bench.owned()
+    bench.layer.congested.add(WORKER)
+    client.connection.send_event({"type": "websocket.receive", "text": "1"})
+    bench.connections.peer_ended(WORKER, "killed")
+    assert client.log == ["pause", Refusal.WORKER_LOST]
+    assert bench.connections._waiting_for_link == {}
+    bench.connections.peer_ready(WORKER)
+    assert bench.take_sent() == []
+
+
+async def test_what_a_client_says_when_its_instance_is_over_goes_nowhere(bench):
+    client = await bring_to(bench, State.ENDING)
+    bench.take_sent()
+    for _ in range(100):
+        client.connection.send_event({"type": "websocket.receive", "text": "x" * 10_000})
+    assert (client.log, client.connection.waiting_bytes, bench.take_sent()) == ([], 0, [])
+
+
 async def test_resuming_may_produce_more_than_fits(bench):
     client = await bench.owned()
     bench.layer.congested.add(WORKER)
@@ -898,17 +930,39 @@ async def test_broadcasts_before_accept_wait_and_come_behind_it(bench):
     assert bench.connections.memory.statistics().held_bytes == 0
 
 
-async def test_broadcasts_before_accept_when_the_accept_itself_had_to_wait(bench):
+async def test_broadcasts_around_an_accept_that_has_to_wait_keep_their_order(bench):
     client = await bench.owned()
+    for index in range(3):
+        bench.group_send(text(f"before {index}"), client)
     client.connection.pause_delivery()
     bench.frame(build_event(1, 1, encode_event({"type": "websocket.accept"})))
+    bench.group_send(text("between"), client)
     bench.frame(FRAMES[FrameKind.EVENT])
-    bench.group_send(text("early"), client)
+    bench.group_send(text("behind"), client)
     client.on_event = lambda event: event["type"] == "websocket.accept" and client.connection.accept_broadcasts()
     client.connection.resume_delivery()
     await turn()
-    assert sorted(map(str, client.log[1:])) == sorted(map(str, [b"early", text("hello")]))
-    assert client.log[0] == {"type": "websocket.accept"}
+    early = [b"before 0", b"before 1", b"before 2"]
+    assert client.log == [{"type": "websocket.accept"}, *early, b"between", text("hello"), b"behind"]
+    assert bench.connections.memory.statistics().held_bytes == 0
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_what_is_queued_before_accept_goes_on_waiting_for_it(bench, paused):
+    client = await bench.owned()
+    if paused:
+        client.connection.pause_delivery()
+    # Not a plain event: something that stands in the queue until its turn comes.
+    bench.frame(build_events([(1, 1)], encode_event({"type": "websocket.http.response.start"})))
+    bench.group_send(text("x" * 1000), client)
+    bench.group_send({"type": "websocket.close"}, client)
+    client.connection.resume_delivery()
+    await turn()
+    assert client.log == [{"type": "websocket.http.response.start"}, {"type": "websocket.close"}]
+    assert bench.connections.memory.statistics().held_bytes == 1000
+    client.connection.accept_broadcasts()
+    await turn()
+    assert client.log[2:] == [b"x" * 1000]
     assert bench.connections.memory.statistics().held_bytes == 0
 
 
@@ -935,6 +989,9 @@ async def test_broadcasts_to_a_paused_client_wait_and_are_counted_until_it_reads
         thing for index in range(3) for thing in (f"{index}".encode() * 1000, text(f"event {index}"))
     ]
     assert bench.connections.memory.statistics().held_bytes == 0
+    client.connection.pause_delivery()
+    bench.group_send(text("once more"), client)
+    assert bench.connections.memory.statistics().held_bytes == 64, "a message counts 64 bytes at least"
 
 
 async def test_what_a_pause_within_a_fan_out_leaves_behind_is_counted(bench):
