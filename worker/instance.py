@@ -195,6 +195,11 @@ class Instance:
         return f"{self.scope.get('method', 'WebSocket')} {self.scope.get('path', '')}"
 
     @property
+    def is_verdict_due(self) -> bool:
+        """True while the answer to the claim, GRANT or CLOSED, is still to come."""
+        return self._is_held and not self.granted
+
+    @property
     def task(self) -> asyncio.Task[None] | None:
         """The running call, while there is one."""
         return self._task

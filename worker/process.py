@@ -107,6 +107,9 @@ class WorkerProcess:
         # Claims without an answer, oldest first, each with the loop time at which it is given up.
         self._unanswered: dict[Instance, float] = {}
         self._grant_timer: asyncio.TimerHandle | None = None
+        # Connections that were over before their claim was answered, as most small GETs are, by interface server:
+        # the answer is swallowed, not replied to. As many as there are claims on the way.
+        self._early_ends: dict[str, set[tuple[int, int]]] = {}
 
         self._takers: list[asyncio.Task[None]] = []
         self._is_stopping = False
@@ -210,6 +213,8 @@ class WorkerProcess:
         of_peer = self._peers.get(peer)
         instance = of_peer.get((connection, epoch)) if of_peer is not None else None
         if instance is None:
+            if kind in _VERDICTS and self._swallow_verdict(peer, (connection, epoch)):
+                return
             self._unknown_connection_count += 1
             # Only what the other side would wait behind: a grant we gave up, events nobody will consume. The rest
             # (CREDIT, GONE, LAST, CLOSED) crossed our END on the way, and an answer to CLOSED could go on for ever.
@@ -225,6 +230,7 @@ class WorkerProcess:
             instance.refused("the interface server sent what this release cannot read")
 
     def peer_ended(self, peer: str, reason: str) -> None:
+        self._early_ends.pop(peer, None)
         of_peer = self._peers.get(peer)
         if of_peer is None:
             return
@@ -341,12 +347,23 @@ class WorkerProcess:
             del self._peers[instance.peer]
         if self._by_channel.get(instance.reply_channel) is instance:
             del self._by_channel[instance.reply_channel]
+        if instance.is_verdict_due:
+            self._early_ends.setdefault(instance.peer, set()).add((instance.connection, instance.epoch))
         self._counts[instance.protocol] -= 1
         self._room[instance.protocol].set()
         if not self._peers:
             self._idle.set()
 
     # Frames
+
+    def _swallow_verdict(self, peer: str, key: tuple[int, int]) -> bool:
+        early = self._early_ends.get(peer)
+        if early is None or key not in early:
+            return False
+        early.remove(key)
+        if not early:
+            del self._early_ends[peer]
+        return True
 
     def _apply(self, instance: Instance, kind: int, frame: Frame) -> None:
         if kind == FrameKind.EVENT or kind == FrameKind.PIECE:
@@ -410,6 +427,7 @@ _KINDS: Final = frozenset(
         FrameKind.CREDIT,
     )
 )
+_VERDICTS: Final = (int(FrameKind.GRANT), int(FrameKind.CLOSED))
 _ANSWERED: Final = frozenset(int(kind) for kind in (FrameKind.GRANT, FrameKind.EVENT, FrameKind.PIECE))
 
 

@@ -91,6 +91,29 @@ async def test_a_safe_request_is_claimed_and_runs_before_the_grant(bench: Bench)
     assert bench.process.instances() == []
 
 
+@pytest.mark.parametrize("verdict", [FrameKind.GRANT, FrameKind.CLOSED])
+async def test_the_answer_to_the_claim_of_a_call_that_is_over_is_not_answered(
+    bench: Bench, verdict: FrameKind
+) -> None:
+    bench.application.release.set()
+    await bench.open()
+    assert bench.kinds() == [FrameKind.CLAIM, FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+    bench.frame(verdict)
+    assert bench.layer.frames == []
+    assert bench.process.statistics().unknown_connection_count == 0
+    bench.frame(FrameKind.GRANT)  # only one is due
+    assert bench.kinds() == [FrameKind.CLOSED]
+
+
+async def test_answers_that_are_due_are_forgotten_with_their_interface_server(bench: Bench) -> None:
+    bench.application.release.set()
+    await bench.open()
+    bench.layer.take()
+    bench.process.peer_ended(INTERFACE, "killed")
+    bench.frame(FrameKind.GRANT)
+    assert bench.kinds() == [FrameKind.CLOSED]
+
+
 @pytest.mark.parametrize(
     ("scope", "is_safe"),
     [
