@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -79,6 +79,9 @@ class Groups:
         # Group -> its channels here, in the order of joining (a dict because sets have no order).
         self._channels_of: dict[str, dict[str, None]] = {}
         self._groups_of: dict[str, dict[str, None]] = {}
+        # What members() returned, until the group changes: a copy for each message would cost as much as its fan-out,
+        # and a live view breaks when a member leaves because it cannot take the message.
+        self._members: dict[str, tuple[str, ...]] = {}
         self._registrations: dict[str, _Registration] = {}
         self._left: set[str] = set()
         self._renewing: asyncio.Task[None] | None = None
@@ -98,9 +101,15 @@ class Groups:
             failed_count=self._failed_count,
         )
 
-    def members(self, group: str) -> Collection[str]:
-        """Return the channels of this process in ``group``; a live view, empty if there are none."""
-        return self._channels_of.get(group, ())
+    def members(self, group: str) -> tuple[str, ...]:
+        """Return the channels of this process in ``group``, in the order of joining."""
+        members = self._members.get(group)
+        if members is None:
+            channels = self._channels_of.get(group)
+            if channels is None:
+                return ()
+            members = self._members[group] = tuple(channels)
+        return members
 
     def add(self, group: str, channel: str, when_registered: WhenRegistered) -> bool:
         """Make ``channel`` a member at once; return True if it was none.
@@ -114,6 +123,7 @@ class Groups:
         is_new = channel not in channels
         if is_new:
             channels[channel] = None
+            self._members.pop(group, None)
             groups = self._groups_of.get(channel)
             if groups is None:
                 groups = self._groups_of[channel] = {}
@@ -168,6 +178,7 @@ class Groups:
         if channels is None or channel not in channels:
             return
         del channels[channel]
+        self._members.pop(group, None)
         groups = self._groups_of[channel]
         del groups[group]
         if not groups:
@@ -221,6 +232,7 @@ class Groups:
         groups = list(self._registrations)
         self._channels_of.clear()
         self._groups_of.clear()
+        self._members.clear()
         self._registrations.clear()
         for start in range(0, len(groups), _PORTION):
             if not self._broker.reachable:

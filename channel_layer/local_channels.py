@@ -19,6 +19,7 @@ from typing import Final
 
 from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import channel_full
+from channel_layer.errors import BrokerUnavailable
 from channel_layer.names import non_local_name
 
 __all__ = ["LocalChannels", "LocalChannelsStatistics"]
@@ -155,10 +156,10 @@ class LocalChannels:
         try:
             return (await receiver).encoded
         except asyncio.CancelledError:
-            if receiver.done() and not receiver.cancelled():
+            if receiver.done() and not receiver.cancelled() and receiver.exception() is None:
                 # The message was in its hands already when the call was cancelled.
                 self._put_back(channel, receiver.result())
-            else:
+            elif receiver in state.receivers:
                 state.receivers.remove(receiver)
                 self._forget_if_idle(channel, state)
             raise
@@ -197,10 +198,11 @@ class LocalChannels:
         self._shares.clear()
 
     def close(self) -> None:
-        """Forget everything; calls that wait are cancelled."""
+        """Forget everything; calls that wait get BrokerUnavailable."""
         for state in self._channels.values():
             for receiver in state.receivers:
-                receiver.cancel()
+                if not receiver.done():
+                    receiver.set_exception(BrokerUnavailable("the channel layer was closed while receive() waited"))
         self._channels.clear()
         self._shares.clear()
         self._unread = 0

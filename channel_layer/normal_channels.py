@@ -109,6 +109,7 @@ class NormalChannels:
         self._readers: dict[str, _ChannelReader] = {}
         # Tasks of readers that are being closed, to wait for them in close().
         self._ending: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         self._taken_count = 0
         self._expired_count = 0
         self._returned_count = 0
@@ -135,10 +136,7 @@ class NormalChannels:
         A cancelled call takes nothing: what was on its way to it goes to another call or back to the head. Waits
         through outages of the broker. Raises BrokerError if the broker refuses the read.
         """
-        state = self._readers.get(channel)
-        if state is None:
-            state = self._readers[channel] = _ChannelReader(self._key_of(channel), self._broker.open_reader())
-            state.task = self._loop.create_task(self._run(state))
+        state = self._reader(channel)
         waiter = _Waiter(count, self._loop.create_future())
         state.waiters.append(waiter)
         state.wake()
@@ -158,11 +156,22 @@ class NormalChannels:
 
     def give_back(self, channel: str, elements: list[bytes]) -> None:
         """Return elements that take() gave to a caller who was cancelled: another call or the head of the list."""
+        if self._is_closed:
+            self._lost_count += len(elements)
+            logger.error("%d messages of %s are lost: their reader was cancelled when the layer was closed",
+                         len(elements), channel)  # fmt: skip
+            return
+        state = self._reader(channel)
+        self._give_back(channel, state, elements)
+
+    def _reader(self, channel: str) -> _ChannelReader:
+        if self._is_closed:
+            raise BrokerUnavailable(f"channel {channel!r} cannot be read: the channel layer was closed")
         state = self._readers.get(channel)
         if state is None:
             state = self._readers[channel] = _ChannelReader(self._key_of(channel), self._broker.open_reader())
             state.task = self._loop.create_task(self._run(state))
-        self._give_back(channel, state, elements)
+        return state
 
     def close_idle(self) -> None:
         """Close the readers that nobody waits at any more; called every few seconds."""
@@ -173,6 +182,7 @@ class NormalChannels:
 
     async def close(self) -> None:
         """End all reads, return what was taken, disconnect. Calls that wait get BrokerUnavailable."""
+        self._is_closed = True
         for channel, state in list(self._readers.items()):
             self._end(channel, state)
         if self._ending:

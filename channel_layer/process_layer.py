@@ -83,6 +83,10 @@ _SWEEP_INTERVAL_S: Final = 5.0
 _LEAVE_TIMEOUT_S: Final = 2.0
 # A dead process stays registered under its groups until its deadline; nothing is sent to it meanwhile.
 _DEAD_REMEMBERED_S: Final = 75.0
+# Frames that are ours; the listener gets all others. Plain ints: most frames pass here, and comparing enums costs.
+_GROUP_FRAMES: Final = frozenset(
+    map(int, (FrameKind.GROUP_SEND, FrameKind.GROUP_ADD, FrameKind.GROUP_DISCARD, FrameKind.GROUP_ANSWER))
+)
 # Keys deleted at once by flush(), and keys that one SCAN looks at.
 _FLUSH_PORTION: Final = 500
 
@@ -639,7 +643,9 @@ class RedisProcessLayer(ChannelsBackend):
         if parts is None or parts.listener is None:
             return
         kind = frame[0]
-        if kind == FrameKind.GROUP_SEND:
+        if kind not in _GROUP_FRAMES:
+            parts.listener.frame_received(peer, frame)
+        elif kind == FrameKind.GROUP_SEND:
             self._deliver(parts.groups.members(frame[1]), frame[2])
         elif kind == FrameKind.GROUP_ADD or kind == FrameKind.GROUP_DISCARD:
             _, connection, epoch, request, group = frame[:5]
@@ -653,10 +659,8 @@ class RedisProcessLayer(ChannelsBackend):
                 parts.groups.add(group, channel, lambda error: self._answer_frame(peer, request, error is None))
             else:
                 self._answer_frame(peer, request, True)
-        elif kind == FrameKind.GROUP_ANSWER:
-            parts.requests.answered(frame[1], frame[2])
         else:
-            parts.listener.frame_received(peer, frame)
+            parts.requests.answered(frame[1], frame[2])
 
     def _answer_frame(self, peer: str, request: int, done: bool) -> None:
         parts = self._parts
