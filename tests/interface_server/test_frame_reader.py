@@ -70,7 +70,10 @@ GOOD = {
         [b"ab" + b"cd" * 1000 + b"ef"],
     ),
     "text after a text in parts": (
-        client_frame(1, b"\xc3", fin=False) + client_frame(0, b"\xa4") + client_frame(1, b"b") + client_frame(2, b"\xff"),
+        client_frame(1, b"\xc3", fin=False)
+        + client_frame(0, b"\xa4")
+        + client_frame(1, b"b")
+        + client_frame(2, b"\xff"),
         ["ä", "b", b"\xff"],
     ),
     "close": (client_close(1000, b"bye") + client_frame(1, b"late"), [("close", b"\x03\xe8bye")]),
