@@ -30,7 +30,7 @@ from channel_layer.broker_connection import (
     pack_command,
 )
 from channel_layer.broker_url import BrokerAddress
-from channel_layer.errors import BrokerError, BrokerUnavailable
+from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitable
 
 if TYPE_CHECKING:
     from channel_layer.broker import Broker
@@ -45,6 +45,10 @@ BLOCK_S: Final = 2.0
 # How long pop() waits for the command connection before it says that the broker is unavailable, and so the longest
 # time between two tries to connect.
 RECONNECT_WAIT_S: Final = 1.0
+
+# Where connecting works and reading does not (a name that leads to a replica now and then), the second and later
+# tries wait, this doubled each time and RECONNECT_WAIT_S at most.
+RETRY_WAIT_FIRST_S: Final = 0.025
 
 # CLIENT UNBLOCK finds nobody blocked while the BLMPOP is still on its way: ask again after this long. Ends after
 # BLOCK_S at the latest, because then the read ends by itself.
@@ -125,6 +129,7 @@ class BlockingReader:
         self._closing: asyncio.Future[None] | None = None  # set by close() while a pop() runs; pop() resolves it
         self._read: _Read | None = None  # the one outstanding read
         self._was_connected = False
+        self._fruitless_count = 0  # connections in a row that answered nothing: tries to connect are spaced by it
         self.restored_count = 0  # grows with each reconnect: what was on its way then may be lost
         self._pop_count = 0
         self._element_count = 0
@@ -186,6 +191,7 @@ class BlockingReader:
             if connection.lost_reason is not None:
                 self._lost(connection)
             raise read.error
+        self._fruitless_count = 0
         if read.reply is None:
             return None
         key, elements = read.reply
@@ -216,6 +222,9 @@ class BlockingReader:
         self._state = ReaderState.CONNECTING
         connection: BrokerConnection | None = None
         try:
+            if self._fruitless_count > 1:
+                await asyncio.sleep(min(RECONNECT_WAIT_S, RETRY_WAIT_FIRST_S * 2 ** min(self._fruitless_count, 10)))
+            self._fruitless_count += 1
             # First the command connection: it has the checks, it paces the tries, and it kills the ghost.
             await self._broker.wait_reachable(RECONNECT_WAIT_S)
             connection = await open_connection(
@@ -230,11 +239,14 @@ class BlockingReader:
                 raise BrokerUnavailable(f"{self!r}")
             if connection.lost_reason is not None:
                 raise connection.lost_reason
-        except BaseException:
+        except BaseException as error:
             if connection is not None:
                 await connection.disconnect(f"{self!r}: connecting ended")
             if self._state is ReaderState.CONNECTING:
                 self._state = ReaderState.DISCONNECTED
+            if isinstance(error, BrokerUnsuitable):
+                # The same broker passed the command connection's checks; that one reports it, should it stay so.
+                raise BrokerUnavailable(str(error)) from error
             raise
         if self._was_connected:
             self.restored_count += 1
@@ -275,6 +287,7 @@ class BlockingReader:
                 connection.give_up(f"{self!r}: a cancelled read was not answered")
                 self._lost(connection)
             else:
+                self._fruitless_count = 0
                 self._state = ReaderState.IDLE
             if self._closing is not None and not self._closing.done():
                 self._closing.set_result(None)

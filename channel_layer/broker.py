@@ -147,6 +147,10 @@ class Broker:
         return self._state is BrokerState.REACHABLE
 
     @property
+    def _is_closed(self) -> bool:
+        return self._state is BrokerState.CLOSED
+
+    @property
     def run_id(self) -> str | None:
         """The run of the server that answers commands now; None while it is not reachable."""
         connection = self._connection
@@ -221,13 +225,15 @@ class Broker:
 
     async def wait_reachable(self, timeout_s: float) -> None:
         """Return when the broker is reachable. Raises BrokerUnavailable after the timeout, and once closed."""
-        if not self.reachable and self._state is not BrokerState.CLOSED:
-            try:
-                async with asyncio.timeout(timeout_s):
+        if self.reachable:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (self.reachable or self._is_closed):
                     await self._reachable_event.wait()
-            except TimeoutError:
-                raise BrokerUnavailable(str(self._lost_reason)) from None
-        if not self.reachable:
+        except TimeoutError:
+            raise BrokerUnavailable(str(self._lost_reason)) from None
+        if self._is_closed:
             raise BrokerUnavailable(str(self._lost_reason))
 
     # Connecting
@@ -253,17 +259,20 @@ class Broker:
                     await asyncio.sleep(RECONNECT_WAIT_FIRST_S)
                 else:
                     break
-        finally:
-            if self._state is BrokerState.CONNECTING:
+        except BaseException:
+            if not self._is_closed:
                 self._state = BrokerState.IDLE
+            raise
+        if self._is_closed:  # close() came while this waited
+            await connection.disconnect(str(self._lost_reason))
+            raise BrokerUnavailable(str(self._lost_reason))
         self._take(connection, lineage)
 
     async def close(self) -> None:
         """Disconnect for good; unanswered commands fail, open readers are closed first."""
-        if self._state is BrokerState.CLOSED:
+        if self._is_closed:
             return
-        for reader in list(self._readers):
-            await reader.close()
+        await asyncio.gather(*(reader.close() for reader in self._readers))
         self._state = BrokerState.CLOSED
         self._lost_reason = BrokerUnavailable(f"broker {self._address}: closed by this process")
         self._stop_heartbeat()
@@ -377,6 +386,7 @@ class Broker:
         self._stop_heartbeat()
         logger.warning("%s; reconnecting", connection.lost_reason)
         self._reconnecting = self._loop.create_task(self._reconnect())
+        self._reconnecting.add_done_callback(self._reconnecting_ended)
         self._tell(reachable=False, data_lost=False)
 
     async def _reconnect(self) -> None:
@@ -398,6 +408,10 @@ class Broker:
             # Jitter, because all processes lost the broker at the same instant.
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
             wait_s = min(wait_s * 2, RECONNECT_WAIT_MAX_S)
+
+    def _reconnecting_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            task.result()  # a mistake of ours must not end the reconnecting in silence: the loop reports it
 
     # Heartbeat
 

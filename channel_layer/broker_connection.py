@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,9 +54,9 @@ UNANSWERED_COMMANDS_MAX: Final = 20_000
 # BrokerUnavailable ("overloaded"), until half of it has left.
 UNWRITTEN_BYTES_MAX: Final = 32 * 1024 * 1024
 
-# After the silence timeout, how much longer to wait for bytes that arrived while our own loop was blocked:
-# uvloop runs timers before it looks at its sockets.
-_SILENCE_GRACE_S: Final = 0.1
+# The last part of the silence timeout is watched apart: a timer that comes late because our own loop was blocked may
+# run before the loop has looked at its sockets (uvloop's do), and the answer lies there unread.
+_LAST_LOOK: Final = 0.2
 
 # Error codes of a broker that is there but does not serve at the moment: it loads its data, became a replica (a
 # blocked read then ends with UNBLOCKED), or a script keeps it busy. The command was not carried out.
@@ -134,7 +135,8 @@ class BrokerConnection(asyncio.Protocol):
         self._collected: list[bytes] = []  # commands of this tick; UNWRITTEN_BYTES_MAX
         self._collected_bytes = 0
         self._is_write_paused = False
-        self._heard_at = 0.0  # when bytes came last, or when the first of the unanswered commands was called
+        self._heard_at = 0.0  # when bytes came last, or when the first of the unanswered commands was called;
+        # monotonic, because uvloop's own clock stands still while the loop is blocked
         self._silence_timer: asyncio.TimerHandle | None = None
         self.lost_reason: BrokerUnavailable | None = None
         self.on_lost: Callable[[BrokerConnection], None] | None = None
@@ -207,9 +209,9 @@ class BrokerConnection(asyncio.Protocol):
             )
             return
         if not waiting:
-            self._heard_at = self._loop.time()
+            self._heard_at = time.monotonic()
             if self._silence_timer is None:
-                self._silence_timer = self._loop.call_later(self._silence_timeout_s, self._check_silence)
+                self._watch_silence(0.0)
         if not self._collected:
             self._loop.call_soon(self._flush)
         self._collected.append(data)
@@ -233,22 +235,24 @@ class BrokerConnection(asyncio.Protocol):
 
     # The end
 
+    def _watch_silence(self, silence_s: float) -> None:
+        first_look_s = self._silence_timeout_s * (1 - _LAST_LOOK)
+        self._silence_timer = self._loop.call_later(first_look_s - silence_s, self._check_silence)
+
     def _check_silence(self) -> None:
         self._silence_timer = None
-        if not self._waiting or self.lost_reason is not None:
+        if not self._waiting:
             return
-        now = self._loop.time()
-        silence_s = now - self._heard_at
-        if silence_s < self._silence_timeout_s:
-            self._silence_timer = self._loop.call_later(self._silence_timeout_s - silence_s, self._check_silence)
+        silence_s = time.monotonic() - self._heard_at
+        if silence_s < self._silence_timeout_s * (1 - _LAST_LOOK):
+            self._watch_silence(silence_s)
         else:
             self._silence_timer = self._loop.call_later(
-                _SILENCE_GRACE_S, self._give_up_if_silent_since, self._heard_at
+                self._silence_timeout_s * _LAST_LOOK, self._give_up_if_silent_since, self._heard_at
             )
 
     def _give_up_if_silent_since(self, heard_at: float) -> None:
-        self._silence_timer = None
-        if self._heard_at == heard_at and self._waiting:
+        if self._waiting and self._heard_at == heard_at:
             self.give_up(f"broker {self._name} did not answer for {self._silence_timeout_s:g} s")
         else:
             self._check_silence()
@@ -288,7 +292,7 @@ class BrokerConnection(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._heard_at = self._loop.time()
+        self._heard_at = time.monotonic()
         self._counters.received_bytes += len(data)
         reader, waiting = self._reader, self._waiting
         not_serving: BrokerNotServing | None = None

@@ -30,11 +30,17 @@ end
 if count > 0 then
     local head = struct.pack('>I8', deadline_ms)
     -- In portions, because Lua's unpack() fills a stack of 8,000 places at most.
+    local length
     for first = 1, count, 1000 do
         local elements = {}
         for i = first, math.min(first + 999, count) do elements[#elements + 1] = head .. ARGV[i + 2] end
-        redis.call('RPUSH', key, unpack(elements))
+        length = redis.call('RPUSH', key, unpack(elements))
     end
-    if redis.call('PTTL', key) < expiry_ms then redis.call('PEXPIRE', key, expiry_ms) end
+    -- GT leaves a list alone that has no expiry yet, so a new one needs its own call.
+    if length == count then
+        redis.call('PEXPIRE', key, expiry_ms)
+    else
+        redis.call('PEXPIRE', key, expiry_ms, 'GT')
+    end
 end
 return {count, deadline_ms}

@@ -19,6 +19,7 @@ import uvloop
 
 from channel_layer import broker_connection, scripts
 from channel_layer.broker import BlockingReader, Broker, BrokerChange, BrokerState
+from channel_layer.broker_url import parse_broker_url
 from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitable
 from tests.proxies import BrokerProxy
 from tests.servers import BrokerServer, free_port
@@ -39,15 +40,15 @@ def on_both_loops(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(main())
 
-    del run.__wrapped__  # type: ignore[attr-defined]  # or pytest takes it for a coroutine function
+    del run.__wrapped__  # or pytest takes it for a coroutine function
     signature = inspect.signature(test)
     loop_parameter = inspect.Parameter("loop_factory", inspect.Parameter.KEYWORD_ONLY)
     run.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), loop_parameter]
     )
-    return pytest.mark.parametrize(
-        "loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
-    )(run)
+    loops = [asyncio.new_event_loop, uvloop.new_event_loop]
+    both: Callable[..., None] = pytest.mark.parametrize("loop_factory", loops, ids=["asyncio", "uvloop"])(run)
+    return both
 
 
 class Changes:
@@ -123,9 +124,11 @@ async def test_answers_come_in_the_order_of_the_calls_and_leave_in_one_write(any
         class Recorder:
             def write(self, data: bytes) -> None:
                 writes.append(data)
+                assert transport is not None
                 transport.write(data)
 
             def abort(self) -> None:
+                assert transport is not None
                 transport.abort()
 
         connection._transport = Recorder()  # type: ignore[assignment]
@@ -508,6 +511,20 @@ async def test_connect_may_be_tried_again(broker_server: BrokerServer) -> None:
     with pytest.raises(RuntimeError):
         await broker.connect()
     await broker.close()
+
+
+async def test_close_while_connecting_ends_the_connecting(broker_server: BrokerServer) -> None:
+    broker_server.pause()
+    broker = Broker(broker_server.url, client_name="test")
+    connecting = asyncio.ensure_future(broker.connect())
+    await asyncio.sleep(0.01)
+    await broker.close()
+    broker_server.resume()
+    with pytest.raises(BrokerUnavailable, match="closed"):
+        await connecting
+    assert broker.statistics().state is BrokerState.CLOSED
+    with broker_server.client() as client:
+        await until(lambda: len(client.client_list()) == 1)
 
 
 @on_both_loops
@@ -964,6 +981,24 @@ async def test_a_killed_reader_connection_is_reported_and_the_next_pop_reconnect
             assert await reader.pop(["list"], 1) == ("list", [b"x"])
             assert reader.restored_count == round_number
         assert broker.statistics().connect_count == 1
+
+
+async def test_a_reader_that_only_ever_reaches_a_replica_does_not_spin(
+    broker_server: BrokerServer, valkey_program: str
+) -> None:
+    """As behind a name that leads to the master for one connection and to a replica for the next."""
+    with BrokerServer(valkey_program) as replica, replica.client() as client:
+        client.execute_command("REPLICAOF", "127.0.0.1", free_port())
+        async with connected(broker_server.url) as broker:
+            reader = BlockingReader(broker, address=parse_broker_url(replica.url), client_name="test:reader")
+            failure_count = 0
+            started = time.monotonic()
+            while time.monotonic() - started < 1.0:
+                with pytest.raises(BrokerUnavailable, match="READONLY"):
+                    await reader.pop(["list"], 1)
+                failure_count += 1
+            assert 3 < failure_count < 10
+            await reader.close()
 
 
 async def test_a_key_of_another_type_is_an_error_and_the_reader_goes_on(broker_server: BrokerServer) -> None:
