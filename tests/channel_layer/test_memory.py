@@ -184,21 +184,46 @@ async def test_a_message_in_the_hands_of_a_cancelled_reader_goes_back_to_the_hea
     layer = InMemoryChannelLayer()
     reader = asyncio.create_task(layer.receive("p!a"))
     await let_it_wait(reader)
-    await layer.send("p!a", {"type": "first"})
-    await layer.send("p!a", {"type": "second"})
-    # The first turn of the sender above has resumed the reader; so again, without a turn in between.
-    assert await reader == {"type": "first"}
-    reader = asyncio.create_task(layer.receive("p!a"))
-    assert await reader == {"type": "second"}
-    reader = asyncio.create_task(layer.receive("p!a"))
-    await let_it_wait(reader)
-    await layer.send("p!a", {"type": "third"})
+    await layer.send("p!a", {"type": "in hand"})
+    await layer.send("p!a", {"type": "in the queue"})
+    assert not reader.done()
     reader.cancel()
     await asyncio.gather(reader, return_exceptions=True)
     assert reader.cancelled()
-    await layer.send("p!a", {"type": "fourth"})
-    assert [(await layer.receive("p!a"))["type"] for _ in range(2)] == ["third", "fourth"]
+    assert [(await layer.receive("p!a"))["type"] for _ in range(2)] == ["in hand", "in the queue"]
     assert layer._shares == {}
+
+
+async def test_a_broadcast_leaves_the_share_of_a_process_to_direct_messages() -> None:
+    layer = InMemoryChannelLayer(capacity=2)
+    channels = [await layer.new_channel() for _ in range(5)]
+    for channel in channels:
+        await layer.group_add("room", channel)
+    await layer.group_send("room", {"type": "x"})
+    for channel in channels[:2]:
+        await layer.send(channel, {"type": "y"})
+    with pytest.raises(layer.ChannelFull):
+        await layer.send(channels[2], {"type": "y"})
+
+
+async def test_a_receiver_that_always_finds_a_message_lets_others_run() -> None:
+    layer = InMemoryChannelLayer()
+    for _ in range(100):
+        await layer.send("a", {"type": "x"})
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(count_turns())
+    for _ in range(100):
+        await layer.receive("a")
+    assert turns >= 99
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
 
 
 async def test_a_cancelled_send_has_sent_nothing() -> None:
