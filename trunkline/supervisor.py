@@ -286,6 +286,9 @@ class Supervisor:
                 # It has said why itself. What cannot start now would not start the next time.
                 self._status = status if status > 0 else 1
                 return
+            if self._watch is not None and child.spec.role is Role.WORKER and not was_ready:
+                logger.warning("%s could not start; waiting for a file to change", child.spec.title)
+                return
             if loop.time() - child.started_at > STEADY_AFTER_S:
                 child.deaths_in_a_row = 0
             delay_s = child.restart_delay_s()

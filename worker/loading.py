@@ -146,7 +146,8 @@ def _import(name: str) -> ModuleType:
         # The same name may be missing in an import statement of the application: then its own frames are in the
         # traceback, and they are what the operator needs.
         if is_wanted and not _own_frames(error.__traceback__):
-            raise NoSuchModule(f"no module named {missing!r}, looked for in {_looked_in()}") from error
+            inside = "" if missing == name else f" for {name!r}"
+            raise NoSuchModule(f"no module named {missing!r}{inside}, looked for in {_looked_in()}") from error
         raise ImportFailed(f"importing {name!r} failed: {_summary(error)}", error) from error
     except Exception as error:
         raise ImportFailed(f"importing {name!r} failed: {_summary(error)}", error) from error

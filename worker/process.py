@@ -127,6 +127,10 @@ class WorkerProcess:
         self._unknown_connection_count = 0
         self._ended_count = 0
 
+    @property
+    def process_id(self) -> str:
+        return self._layer.process_id
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {protocol}" for protocol, count in self._counts.items())
         return f"<WorkerProcess {self._layer.process_id}: {counts}{', stopping' if self._is_stopping else ''}>"
@@ -520,7 +524,7 @@ async def _serve_connections(
         return True
     process.start()
     _announce_ready()
-    logger.info("%r serves %s", process, settings.application)
+    logger.info("worker %s runs %s", process.process_id, settings.application)
     is_clean = True
     failed = await _unless(stop, process.wait_failed())
     if isinstance(failed, BaseException):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 
 import httpx
@@ -110,8 +111,9 @@ def test_reload_restarts_the_workers_and_nothing_else(tmp_path):
         source.write_text(text.replace("world", "moon"))
         wait_until(lambda: httpx.get(running.url, timeout=20).text == "Hello, moon!\n", 20, "the change shows")
         assert running.pids("interface server") == interface
-        source.write_text("what is this\n")
+        source.write_text("def what is this\n")
         running.wait_for("SyntaxError")
+        running.wait_for("worker 1 could not start; waiting for a file to change")
         source.write_text(text)
         wait_until(lambda: httpx.get(running.url, timeout=20).text == "Hello, world!\n", 30, "the mended file shows")
 
@@ -147,20 +149,18 @@ def taken_port():
     ],
 )
 def test_wrong_input_is_one_line_and_a_status(argv, status, text):
-    command = Command(*argv)
-    assert command.wait_ended()[0] == status, command.output
-    lines = [line for line in command.output.splitlines() if line and not line.startswith("INFO")]
-    assert len(lines) == 1, command.output
-    assert text in lines[0]
-    command.stop()
+    with Command(*argv) as command:
+        assert command.wait_ended()[0] == status, command.output
+        lines = [line for line in command.output.splitlines() if line and not line.startswith("INFO")]
+        assert len(lines) == 1, command.output
+        assert text in lines[0]
 
 
 def test_a_taken_port_is_one_line():
     with taken_port() as listening:
         port = listening.getsockname()[1]
-        command = Command("serve", APP, "--port", str(port))
-        assert command.wait_ended() == (1, f"trunkline: cannot listen on 127.0.0.1:{port}: the port is taken")
-        command.stop()
+        with Command("serve", APP, "--port", str(port)) as command:
+            assert command.wait_ended() == (1, f"trunkline: cannot listen on 127.0.0.1:{port}: the port is taken")
 
 
 def test_the_halves_by_themselves(broker_server):
@@ -177,8 +177,10 @@ def test_the_halves_by_themselves(broker_server):
         assert worker.stop() == 0
         assert interface.stop() == 0
     for module in ("worker", "interface_server"):
-        shown = os.popen(f"cd {ROOT} && {sys.executable} -m {module} --help").read()
-        assert "--redis URL" in shown
+        shown = subprocess.run(
+            [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+        )
+        assert "--redis URL" in shown.stdout
 
 
 def test_log_config_and_header_flags(tmp_path):
