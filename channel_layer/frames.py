@@ -6,8 +6,9 @@ A blob is one element of a process's ``link`` list (see names.py). It is a msgpa
 
     kind        DATA carries frames and a sequence number; ACK, GAP, PING, PONG and RESET carry neither
     source      id of the process that sent the blob
-    stream      random id of the sender's direction, chosen by it; 0 where it has none yet
-    sequence    1, 2, 3 … for DATA, else 0
+    stream      random id of the sender's direction, chosen by it, greater than all it chose before; 0 where it has
+                none yet
+    sequence    1, 2, 3 … for DATA; for PING a number that its PONG repeats; else 0
     ack_stream  the receiver's own stream that ``ack`` speaks about; for RESET the stream that is refused
     ack         every DATA blob of ``ack_stream`` up to and including this one has been taken
 

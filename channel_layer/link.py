@@ -21,9 +21,16 @@ copies can come, from a newer one, by which the peer says that it gave the old l
     ENDED, LEFT ---- newer stream ------> OPEN
 
 An end: RESET for our stream; a newer stream while the older is not over (and OPEN again at once); the peer has
-forgotten us; give_up().
-It ends both directions: what is queued and unacknowledged is dropped, because it speaks about connections that are
-over. A pair that is not listed changes nothing.
+forgotten us; give_up(). What is queued and unacknowledged is dropped: it speaks about connections that are over.
+A pair that is not listed changes nothing.
+
+Without a handshake, the ends must still agree on which two streams belong together, or each new stream of one
+would end the link for the other, for ever. Each blob names its sender's stream and the one that it acknowledges:
+
+    a newer stream comes that acknowledges ours           ours belongs to it: we keep it
+    … that does not, though the older acknowledged ours   the peer has ended both: ours is refused, so it ends
+    … and we never saw ours acknowledged                  it may be on its way: we keep it; if it is refused, RESET
+    RESET for our stream from the stream that we know     only ours ends: the peer's began after the refusal
 
 Why nobody waits for ever: while blobs are unacknowledged there is a push under way (the broker answers it or fails
 it), or ``next_deadline`` says when the first of them is sent again, or the broker is away.
@@ -152,6 +159,7 @@ class Link:
         "_gap_reported_at",
         "_hold_until",
         "_new_id",
+        "_paired",
         "_peer_stream",
         "_ping_due",
         "_pong_due",
@@ -236,6 +244,8 @@ class Link:
         # Receiving: the peer's stream, 0 until its first blob, and the last number taken from it.
         self._peer_stream = 0
         self._taken = 0
+        # True when a blob of that stream (or of a peer without one) has acknowledged ours, or named it at least.
+        self._paired = False
         # Bytes taken and not acknowledged, and when or whether an acknowledgement must leave.
         self._ack_bytes = 0
         self._ack_deadline: float | None = None
@@ -448,11 +458,10 @@ class Link:
         if kind is BlobKind.DATA:
             if not blob.stream or not blob.sequence:
                 raise WireError(f"DATA blob of {self.peer} without a number: {blob[:6]!r}")
-            self._acknowledge(blob, now)
             return self._receive_data(blob, size_bytes, now)
         if kind is BlobKind.RESET:
             # For a stream that is not our newest it comes too late: that link is over already.
-            return _NOTHING if blob.ack_stream != self._stream or not self._stream else self._ended_by_peer(RESET)
+            return self._refused(blob, RESET) if self._stream and blob.ack_stream == self._stream else _NOTHING
         if kind is BlobKind.PING:
             self._pong_due = blob.sequence
         if kind is BlobKind.PONG and self._probe is not None and self._probe[0] == blob.sequence:
@@ -460,7 +469,7 @@ class Link:
             self._probe = None
             known = blob.ack if blob.ack_stream == self._stream else 0
             if self._stream and known < acknowledged:
-                return self._ended_by_peer(FORGOTTEN)
+                return self._refused(blob, FORGOTTEN)
             self._acknowledge(blob, now)
             if self._acknowledged < pushed and not self._resend_next:
                 self._send_all_again()
@@ -533,7 +542,9 @@ class Link:
         """Build the blobs that carry no data and wait for no window. Called behind the data, which acknowledge."""
         control: list[bytes] = []
         if self._reset_due:
-            control.append(build_blob(BlobKind.RESET, source=self._source, ack_stream=self._reset_due))
+            control.append(
+                build_blob(BlobKind.RESET, source=self._source, stream=self._stream, ack_stream=self._reset_due)
+            )
             self._reset_due = 0
         if self._gap_due:
             self._gap_due = False
@@ -554,8 +565,12 @@ class Link:
 
     def _acknowledge(self, blob: Blob, now: float) -> None:
         """Drop what the peer has taken."""
+        if blob.ack_stream != self._stream or not self._stream:
+            return
+        if blob.stream == self._peer_stream:
+            self._paired = True
         ack = blob.ack
-        if blob.ack_stream != self._stream or ack <= self._acknowledged:
+        if ack <= self._acknowledged:
             return
         if ack > self._sent:
             raise WireError(f"{self.peer} acknowledges blob {ack} of a stream of {self._sent}")
@@ -578,13 +593,9 @@ class Link:
                 # A late copy, or a peer that does not know yet that the link is over.
                 self._reset_due = stream
                 return _NOTHING
-            if self._peer_stream and self.state is not LinkState.LEFT:
-                self._end()
+            if self._begin_receiving(stream, blob.ack_stream):
                 ended_before = RESTARTED
-            if self.state is not LinkState.LEAVING:
-                self.state = LinkState.OPEN
-            self._peer_stream = stream
-            self._taken = 0
+        self._acknowledge(blob, now)
         if sequence != self._taken + 1:
             if sequence <= self._taken:
                 self._duplicate_blobs += 1
@@ -601,6 +612,7 @@ class Link:
         if frames and frames[-1][0] == FrameKind.BYE:
             self._drop_outgoing()
             self.state = LinkState.LEFT
+            self._ended_count += 1
             self._ack_due = True
             return Received(ended_before, frames[:-1], LEFT)
         self._ack_bytes += size_bytes
@@ -610,21 +622,50 @@ class Link:
             self._ack_deadline = now + self._settings.ack_delay_s
         return Received(ended_before, frames, None)
 
+    def _begin_receiving(self, stream: int, ack_stream: int) -> bool:
+        """Turn to a newer stream of the peer. Return True if that ends what there was."""
+        has_ended = self._peer_stream != 0 and self.state is not LinkState.LEFT
+        is_refused = self._paired and ack_stream != self._stream if self._stream else has_ended
+        if has_ended:
+            self._end_incoming()
+        if is_refused:
+            self._drop_outgoing()
+            self.state = LinkState.OPEN
+            has_ended = True
+        elif self.state is not LinkState.LEAVING:
+            self.state = LinkState.OPEN
+        self._ended_count += has_ended
+        self._peer_stream = stream
+        self._taken = 0
+        self._paired = False
+        return has_ended
+
     def _ack_again(self) -> None:
         """What told the peer how far we are may be lost."""
         if self._peer_stream:
             self._ack_due = True
 
-    def _ended_by_peer(self, reason: str) -> Received:
-        self._end()
+    def _refused(self, blob: Blob, reason: str) -> Received:
+        """The peer does not hold our stream (any more)."""
+        if self._peer_stream and 0 < blob.stream <= self._peer_stream:
+            # What we receive began after the link that ours belonged to was over.
+            self._drop_outgoing()
+            self.state = LinkState.OPEN
+            self._ended_count += 1
+        else:
+            self._end()
         return Received(reason, _NO_FRAMES, None)
 
     def _end(self) -> None:
         """End both directions; a push under way stays under way."""
         self._drop_outgoing()
-        self.state = LinkState.ENDED
         if self._peer_stream:
-            self._ended_stream = self._peer_stream
+            self._end_incoming()
+        self.state = LinkState.ENDED
+        self._ended_count += 1
+
+    def _end_incoming(self) -> None:
+        self._ended_stream = self._peer_stream
         self._peer_stream = 0
         self._taken = 0
         self._ack_bytes = 0
@@ -634,7 +675,7 @@ class Link:
 
     def _drop_outgoing(self) -> None:
         """End our stream and forget what it holds."""
-        self._ended_count += 1
+        self._paired = False
         self._dropped_frames += len(self._batch) + sum(len(frames) for frames, _ in self._batches)
         self._stream = 0
         self._batches.clear()
