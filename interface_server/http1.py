@@ -688,8 +688,9 @@ class Http1Protocol(Protocol):
 
     def _close(self) -> None:
         """Close when everything is written."""
+        if self.phase is not Phase.LINGER:
+            self.transport.unregisterProducer()
         self.phase = Phase.CLOSED
-        self.transport.unregisterProducer()
         self._unwritten_bytes = self.buffered_bytes() + 1
         self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
         self.transport.loseConnection()
