@@ -61,7 +61,7 @@ class RecordingListener:
 async def until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
     """Wait until ``condition`` holds, for what nobody tells."""
     async with asyncio.timeout(patience_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - for states that have no event
             await asyncio.sleep(0.01)
 
 
