@@ -105,7 +105,9 @@ class Links:
         # Peers whose congestion somebody has seen.
         self._congested: dict[str, Link] = {}
         # The earliest deadline of all links, or earlier: it may have been postponed since.
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        # When it runs. Ours: a timer of uvloop that is due at once has no when().
+        self._timer_deadline = float("inf")
         self._broker_away = False
         # Set by leave(): done when everything is acknowledged.
         self._left: asyncio.Future[None] | None = None
@@ -375,9 +377,10 @@ class Links:
         if deadline == float("inf") or self._closed:
             return
         if self._timer is not None:
-            if self._timer.when() <= deadline:
+            if self._timer_deadline <= deadline:
                 return
             self._timer.cancel()
+        self._timer_deadline = deadline
         self._timer = self._loop.call_at(deadline, self._deadline_passed)
 
     def _deadline_passed(self) -> None:
