@@ -116,9 +116,13 @@ class Served(Command):
         return [pid for pid, command in children_of(self.process.pid) if f"trunkline {role.split()[0]} " in command]
 
     def broker_pid(self):
-        return next(
-            pid for pid, command in children_of(self.process.pid) if "broker.sock" in command or "-server" in command
-        )
+        """Process id of the embedded broker, as soon as there is one."""
+
+        def found():
+            return [pid for pid, command in children_of(self.process.pid) if "-server" in command]
+
+        wait_until(found, 10, "a broker runs")
+        return found()[0]
 
 
 def children_of(parent):

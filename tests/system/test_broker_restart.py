@@ -61,6 +61,9 @@ async def test_killing_the_broker_loses_doubles_and_closes_nothing(kills):
             talks = [asyncio.create_task(talk(f"{served.ws_url}/echo", started, stop)) for _ in range(SOCKETS)]
 
             async def answered(count):
+                """Wait for so many answers from now on."""
+                while not started.locked():
+                    await started.acquire()
                 for _ in range(count):
                     await asyncio.wait_for(started.acquire(), 60)
 
