@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,6 +51,8 @@ GRANT_TIMEOUT_S: Final = 5.0
 TAKE_RETRY_S: Final = 0.2
 # After the stop timeout: for applications that were cancelled to end. Then the process goes without them.
 CANCEL_TIMEOUT_S: Final = 2.0
+# When all is over: for threads that still run the application's code to end. Then the process goes without them.
+THREADS_TIMEOUT_S: Final = 2.0
 # After a second signal: to say goodbye on the links.
 FORCED_LEAVE_TIMEOUT_S: Final = 0.5
 # Threads for synchronous code (run_in_executor, to_thread, sync_to_async beside its one sensitive thread). Further
@@ -149,6 +153,10 @@ class WorkerProcess:
             unknown_connection_count=self._unknown_connection_count,
             ended_count=self._ended_count,
         )
+
+    @property
+    def process_id(self) -> str:
+        return self._layer.process_id
 
     def instances(self) -> list[Instance]:
         return [instance for of_peer in self._peers.values() for instance in of_peer.values()]
@@ -265,7 +273,7 @@ class WorkerProcess:
     async def _take(self, channel: str) -> None:
         protocol = _PROTOCOLS[channel]
         room = self._room[protocol]
-        while True:
+        while not self._is_stopping:
             free = self._limits[protocol] - self._counts[protocol]
             if free <= 0:
                 room.clear()
@@ -504,9 +512,11 @@ async def _serve(settings: WorkerSettings) -> int:
                 await layer.stop()
         except TimeoutError:
             logger.warning("the other processes will find this worker gone by its lease")
-    if at_once.is_set() or any(instance.task is not None for instance in process.instances()):
-        # Threads that run the application's synchronous code cannot be ended, and Python waits for them for ever.
+    if at_once.is_set():
         _leave_at_once(1)
+    # Threads that run the application's synchronous code cannot be ended, and Python waits for them for ever.
+    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
+        threading.Thread(target=_leave_after, args=(THREADS_TIMEOUT_S,), daemon=True).start()
     return 0 if is_clean else 1
 
 
@@ -528,7 +538,7 @@ async def _serve_connections(
     is_clean = True
     failed = await _unless(stop, process.wait_failed())
     if isinstance(failed, BaseException):
-        logger.critical("%r cannot take connections any more", process, exc_info=failed)
+        logger.critical("worker %s cannot take connections any more", process.process_id, exc_info=failed)
         is_clean = False
     logger.info("%r stops", process)
     if await process.stop(settings.stop_timeout_s, at_once=at_once):
@@ -559,7 +569,10 @@ _INTERRUPTED: Final = object()
 
 
 async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, object]) -> object:
-    """The result of ``work``, or _INTERRUPTED if ``event`` is set first: then ``work`` is cancelled."""
+    """The result of ``work``, or _INTERRUPTED if ``event`` is set first: then ``work`` is cancelled or not begun."""
+    if event.is_set():
+        work.close()
+        return _INTERRUPTED
     task = asyncio.ensure_future(work)
     interrupted = asyncio.ensure_future(event.wait())
     try:
@@ -580,6 +593,12 @@ def _announce_ready() -> None:
     if descriptor:
         with os.fdopen(int(descriptor), "wb") as pipe:
             pipe.write(b"ready\n")
+
+
+def _leave_after(timeout_s: float) -> NoReturn:
+    time.sleep(timeout_s)
+    logger.error("the worker leaves without threads of the application that do not end")
+    _leave_at_once(1)
 
 
 def _leave_at_once(status: int) -> NoReturn:

@@ -107,16 +107,16 @@ def test_a_reference_of_the_wrong_form(tmp_path: Path, reference: str, text: str
 
 def test_no_such_module_names_the_place_that_was_searched(tmp_path: Path) -> None:
     write(tmp_path, package____init__="", module="")
-    for reference, missing in [
-        ("absent:app", "absent"),
-        ("absent.asgi:app", "absent"),
-        ("package.absent:app", "package.absent"),
-        ("module.absent:app", "module.absent"),
+    for reference, what in [
+        ("absent:app", "'absent'"),
+        ("absent.asgi:app", "'absent' for 'absent.asgi'"),
+        ("package.absent:app", "'package.absent'"),
+        ("module.absent:app", "'module.absent'"),
     ]:
         status, output = load(tmp_path, reference)
         assert (status, output) == (
             2,
-            f"NoSuchModule|no module named {missing!r}, looked for in {str(tmp_path)!r} and on Python's path\n\n",
+            f"NoSuchModule|no module named {what}, looked for in {str(tmp_path)!r} and on Python's path\n\n",
         )
 
 
