@@ -2,7 +2,7 @@
 
     Http1Factory    what all HTTP connections of a process share; server.py listens with it
     Http1Protocol   one socket: whose turn it is, what is read, when it is closed
-    HttpClient      one request on it; the ``client.Client`` of its Connection
+    HttpClient      one request on it (http_client.py)
 
     HEAD --request--> EXCHANGE --response, body read--> HEAD (the next request)
       |                  |  |                             ^
@@ -16,8 +16,8 @@ unread in the reader, 64 KiB at most; then the socket is not read.
 **A socket is read** only while its application takes the body (client.py, ``pause_reading``). Its end is watched all
 the same, by end_watch.py. A client that ends its sending side behind a complete request still gets its answer
 (RFC 9112 section 9.6 knows such half-closed connections; ``printf … | nc`` is one); a reset, at any time, is a
-disconnect. So a client that closes its socket and one that only stops sending look the same until something is
-written: the first write brings the reset. Where nothing is written, TCP keep-alive asks the client's kernel.
+disconnect. A client that closes its socket and one that only stops sending look the same until something is written:
+the first write to a closed one brings a reset. Where nothing is written for 30 s, it counts as gone.
 
 **Closing.** To close a socket with unread bytes resets it, and the reset can overtake the answer. So where the client
 may still be sending, we end our side only (LINGER), drop what comes, and close when the client has ended its side, at
@@ -27,9 +27,8 @@ the latest after some seconds.
 from __future__ import annotations
 
 import logging
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -39,15 +38,13 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, I
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
-from channel_layer.frames import Outcome
 from channel_layer.openings import FIRST_BODY_BYTES_MAX
 from interface_server.access_log import AccessLog
-from interface_server.broadcast import Broadcast
-from interface_server.client import Connection, Refusal
 from interface_server.connections import Connections
 from interface_server.deadlines import Deadlines
 from interface_server.end_watch import EndWatch, unread_bytes
-from interface_server.protocol.actions import End, Output
+from interface_server.http_client import HttpClient
+from interface_server.protocol.actions import End
 from interface_server.protocol.errors import BadRequest
 from interface_server.protocol.http_exchange import HttpExchange, build_plain_response
 from interface_server.protocol.proxy_headers import ProxyHeaders
@@ -59,7 +56,7 @@ from interface_server.protocol.websocket_handshake import is_websocket_upgrade
 from interface_server.settings import InterfaceSettings
 from interface_server.websocket import WebSocketClient, WebSockets
 
-__all__ = ["Http1Factory", "Http1Protocol", "Http1Statistics", "HttpClient", "Phase"]
+__all__ = ["Http1Factory", "Http1Protocol", "Http1Statistics", "Phase"]
 
 _LOGGER: Final = logging.getLogger("trunkline.interface")
 
@@ -73,8 +70,9 @@ _LINGER_TIMEOUT_S: Final = 5.0
 # For the rest of a response that is still to be written when nothing else is left to do; a client that reads gets as
 # many of these as it needs.
 _FLUSH_TIMEOUT_S: Final = 30.0
-# TCP keep-alive of a client that has ended its sending side: idle, interval (seconds) and count.
-_KEEP_ALIVE_PROBES: Final = (10, 10, 3)
+# A client that has ended its sending side behind its request: the longest time without a word from the application;
+# then it counts as gone. (It may be waiting still; but most clients that look like this have closed their socket.)
+_HALF_CLOSED_TIMEOUT_S: Final = 30.0
 
 _NO_BODY: Final = {"type": "http.request", "body": b"", "more_body": False}
 _DISCONNECT: Final = {"type": "http.disconnect"}
@@ -171,111 +169,6 @@ class Http1Factory(Factory):
         return Http1Protocol(self)
 
 
-class HttpClient:
-    """One request. Implements ``client.Client``."""
-
-    __slots__ = ("_asked_at", "_is_logged", "_peer", "_protocol", "connection", "exchange", "head")
-
-    def __init__(self, protocol: Http1Protocol, head: RequestHead, exchange: HttpExchange, peer: Peer) -> None:
-        self.head = head
-        self.exchange = exchange
-        self.connection: Connection | None = None  # until Connections.open has returned it
-        self._protocol: Http1Protocol | None = protocol  # None when the exchange is over
-        self._peer = peer  # as the application sees it
-        self._asked_at = protocol.factory.clock()
-        self._is_logged = False
-
-    def __repr__(self) -> str:
-        return f"<HttpClient {self.head.method} {self.head.raw_path!r} {self.exchange!r}>"
-
-    def detach(self) -> None:
-        """The socket has no use for this client any more."""
-        self._protocol = None
-
-    # Called by the Connection
-
-    def application_event(self, event: dict[str, Any]) -> None:
-        exchange = self.exchange
-        self._carry_out(exchange.apply(event))
-        if event["type"] == "http.response.start" and exchange.takes_groups and self.connection is not None:
-            self.connection.accept_broadcasts()
-
-    def send_broadcast(self, broadcast: Broadcast) -> None:
-        """A ``websocket.send`` of a group that this connection is a member of: it means nothing here."""
-        if self._protocol is not None:
-            self._protocol.factory.dropped_count += 1
-
-    def application_receiving(self) -> None:
-        self._carry_out(self.exchange.apply_receiving())
-
-    def application_ended(self, outcome: Outcome) -> None:
-        self._carry_out(self.exchange.apply_ended(outcome))
-
-    def refused(self, refusal: Refusal) -> None:
-        self._carry_out(self.exchange.apply_refused(refusal))
-
-    def pause_reading(self) -> None:
-        if self._protocol is not None:
-            self._protocol.application_is_full(True)
-
-    def resume_reading(self) -> None:
-        if self._protocol is not None:
-            self._protocol.application_is_full(False)
-
-    def buffered_bytes(self) -> int:
-        return 0 if self._protocol is None else self._protocol.buffered_bytes()
-
-    # Called by the protocol
-
-    def bad_request(self, failure: BadRequest) -> None:
-        """The body of the request cannot be read."""
-        if self.connection is not None:
-            self.connection.client_gone(_DISCONNECT)
-        self._carry_out(self.exchange.apply_bad_request(failure.status, failure.reason))
-
-    def gone(self) -> None:
-        """The client is gone."""
-        self._protocol = None
-        if self.connection is not None:
-            self.connection.client_gone(_DISCONNECT)
-
-    def _carry_out(self, output: Output) -> None:
-        protocol = self._protocol
-        if protocol is None:
-            return
-        data, end, problem = output
-        if problem is not None:
-            _LOGGER.error("%s (%s %s)", problem, self.head.method, ascii(self.head.raw_path)[2:-1][:200])
-        if self.exchange.is_written and not self._is_logged:
-            self._log()
-        if end is not None:
-            self._protocol = None
-        if data:
-            protocol.write(data)
-        if end is not None:
-            protocol.factory.dropped_count += self.exchange.dropped_count
-            if self.connection is not None:
-                self.connection.finished(_DISCONNECT)
-            protocol.exchange_over(end)
-
-    def _log(self) -> None:
-        self._is_logged = True
-        protocol = self._protocol
-        assert protocol is not None
-        log = protocol.factory.access_log
-        if log.enabled and self.exchange.status is not None:
-            head = self.head
-            log.http(
-                client=self._peer.client,
-                method=head.method,
-                raw_path=head.raw_path,
-                query_string=head.query_string,
-                http_version=head.http_version,
-                status=self.exchange.status,
-                application_s=protocol.factory.clock() - self._asked_at,
-            )
-
-
 @implementer(IHalfCloseableProtocol, IPushProducer)
 class Http1Protocol(Protocol):
     """One client socket."""
@@ -355,7 +248,7 @@ class Http1Protocol(Protocol):
             self._advance()
             if self.phase is Phase.EXCHANGE:
                 self._watch_end()
-                _probe(self.transport)
+                self.factory.deadlines.arm(self, _HALF_CLOSED_TIMEOUT_S)
 
     def writeConnectionLost(self) -> None:
         """Our side is ended, as ``_linger`` wanted: everything is written. Now the client's end is awaited."""
@@ -406,6 +299,11 @@ class Http1Protocol(Protocol):
                 self._refuse(BadRequest(408, "the request did not come in time"))
             else:
                 self._close()
+        elif phase is Phase.EXCHANGE and self._read_ended:
+            if self.buffered_bytes():  # it does not read either, which is the business of TCP
+                self.factory.deadlines.arm(self, _HALF_CLOSED_TIMEOUT_S)
+            else:
+                self.abort()
         elif phase is Phase.EXCHANGE:
             assert self._client is not None
             self._client.bad_request(BadRequest(408, "the rest of the body did not come in time"))
@@ -439,7 +337,9 @@ class Http1Protocol(Protocol):
 
     # Called by HttpClient
 
-    def write(self, data: Any) -> None:
+    def write(self, data: Sequence[bytes]) -> None:
+        if self._read_ended:
+            self.factory.deadlines.arm(self, _HALF_CLOSED_TIMEOUT_S)
         if len(data) == 1:
             self.transport.write(data[0])
         else:
@@ -459,6 +359,9 @@ class Http1Protocol(Protocol):
             self._update_reading()
         else:
             self._advance()
+
+    def count_dropped(self, count: int) -> None:
+        self.factory.dropped_count += count
 
     def exchange_over(self, end: End) -> None:
         """The response is written (to the transport), or will never be."""
@@ -566,7 +469,7 @@ class Http1Protocol(Protocol):
             request_is_complete=reader.body_is_complete,
             server_headers=factory.server_headers,
         )
-        client = HttpClient(self, head, exchange, peer)
+        client = HttpClient(self, head, exchange, peer=peer, access_log=factory.access_log, clock=factory.clock)
         self._client = client
         self.phase = Phase.EXCHANGE
         first_event: dict[str, Any] | None = None
@@ -708,14 +611,14 @@ class Http1Protocol(Protocol):
             watch.add(self._descriptor, self._end_noticed)
 
     def _end_noticed(self, is_reset: bool) -> None:
-        if is_reset:
+        if is_reset or self._is_body_lost():
             self.abort()
-        elif self.phase is Phase.EXCHANGE and not self._is_reading and not self._read_ended:
-            # The client sends no more, and what it sent is not read yet. Is its body complete in there?
-            if self._reader.body_bytes_missing > unread_bytes(self._descriptor):
-                self.abort()
-            else:
-                _probe(self.transport)
+
+    def _is_body_lost(self) -> bool:
+        """The client sends no more. What it sent is not read yet: is its body complete in there?"""
+        if self.phase is not Phase.EXCHANGE or self._is_reading or self._read_ended:
+            return False
+        return self._reader.body_bytes_missing > unread_bytes(self._descriptor)
 
 
 def _build_peer(transport: Any) -> Peer:
@@ -726,15 +629,3 @@ def _build_peer(transport: Any) -> Peer:
         path = None if name is None else name.decode("utf-8", "replace")
         return Peer(client=None, server=None if path is None else (path, None), tls=is_tls)
     return Peer(client=(client.host, client.port), server=(server.host, server.port), tls=is_tls)
-
-
-def _probe(transport: Any) -> None:
-    """Have the kernel ask a silent client whether it is still there. Without an answer the socket is reset."""
-    handle = transport.getHandle()
-    if handle is None or handle.family not in (socket.AF_INET, socket.AF_INET6):
-        return
-    handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in zip(("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"), _KEEP_ALIVE_PROBES, strict=True):
-        option = getattr(socket, name, None)  # not every system has all of them
-        if option is not None:
-            handle.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -154,11 +154,7 @@ class HttpExchange:
         """The application instance is over."""
         if self.phase is Phase.OVER:
             return NOTHING
-        if outcome is not Outcome.RETURNED:
-            return self._fail(None)  # its worker has logged why
-        if self.phase is Phase.WAITING:
-            return self._fail("application returned without a response")
-        return self._fail("application returned before its response was complete")
+        return self._fail(None)  # its worker has logged why
 
     def apply_refused(self, refusal: Refusal) -> Output:
         """No application has the connection any more."""

@@ -1,0 +1,165 @@
+"""One HTTP request between its socket and its Connection; the same for every version of HTTP.
+
+HttpClient carries out what an exchange decides (protocol/http_exchange.py) on what it knows as ``HttpSocket``
+(http1.py). Who is asked, how the request was read and when the socket is closed is not decided here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+from channel_layer.frames import Outcome
+from interface_server.access_log import AccessLog
+from interface_server.broadcast import Broadcast
+from interface_server.client import Connection, Refusal
+from interface_server.protocol.actions import End, Output
+from interface_server.protocol.errors import BadRequest
+from interface_server.protocol.http_exchange import HttpExchange
+from interface_server.protocol.request import Peer, RequestHead
+
+__all__ = ["HttpClient", "HttpSocket"]
+
+_LOGGER: Final = logging.getLogger("trunkline.interface")
+
+_DISCONNECT: Final = {"type": "http.disconnect"}
+
+
+class HttpSocket(Protocol):
+    """What a request needs of the socket (or stream) it came on."""
+
+    def write(self, data: Sequence[bytes]) -> None:
+        """Write these in order. May call ``pause_delivery`` of the connection before it returns."""
+
+    def buffered_bytes(self) -> int:
+        """Bytes that the kernel has not taken."""
+
+    def application_is_full(self, is_full: bool) -> None:
+        """Relay no more of the body until it is False again."""
+
+    def exchange_over(self, end: End) -> None:
+        """This request is done with."""
+
+    def count_dropped(self, count: int) -> None:
+        """So many messages of groups did not fit."""
+
+
+class HttpClient:
+    """One request. Implements ``client.Client``. ``peer`` is the client as proxy_headers.py decided."""
+
+    __slots__ = (
+        "_access_log",
+        "_asked_at",
+        "_clock",
+        "_is_logged",
+        "_peer",
+        "_socket",
+        "connection",
+        "exchange",
+        "head",
+    )
+
+    def __init__(
+        self,
+        socket: HttpSocket,
+        head: RequestHead,
+        exchange: HttpExchange,
+        *,
+        peer: Peer,
+        access_log: AccessLog,
+        clock: Callable[[], float],
+    ) -> None:
+        self.head = head
+        self.exchange = exchange
+        self.connection: Connection | None = None  # until Connections.open has returned it
+        self._socket: HttpSocket | None = socket  # None when the exchange is over
+        self._peer = peer
+        self._access_log = access_log
+        self._clock = clock
+        self._asked_at = clock()
+        self._is_logged = False
+
+    def __repr__(self) -> str:
+        return f"<HttpClient {self.head.method} {self.head.raw_path!r} {self.exchange!r}>"
+
+    # Called by the Connection
+
+    def application_event(self, event: dict[str, Any]) -> None:
+        exchange = self.exchange
+        self._carry_out(exchange.apply(event))
+        if event["type"] == "http.response.start" and exchange.takes_groups and self.connection is not None:
+            self.connection.accept_broadcasts()
+
+    def send_broadcast(self, broadcast: Broadcast) -> None:
+        """A ``websocket.send`` of a group that this connection is a member of: it means nothing here."""
+        if self._socket is not None:
+            self._socket.count_dropped(1)
+
+    def application_receiving(self) -> None:
+        self._carry_out(self.exchange.apply_receiving())
+
+    def application_ended(self, outcome: Outcome) -> None:
+        self._carry_out(self.exchange.apply_ended(outcome))
+
+    def refused(self, refusal: Refusal) -> None:
+        self._carry_out(self.exchange.apply_refused(refusal))
+
+    def pause_reading(self) -> None:
+        if self._socket is not None:
+            self._socket.application_is_full(True)
+
+    def resume_reading(self) -> None:
+        if self._socket is not None:
+            self._socket.application_is_full(False)
+
+    def buffered_bytes(self) -> int:
+        return 0 if self._socket is None else self._socket.buffered_bytes()
+
+    # Called by the protocol
+
+    def bad_request(self, failure: BadRequest) -> None:
+        """The body of the request cannot be read."""
+        if self.connection is not None:
+            self.connection.client_gone(_DISCONNECT)
+        self._carry_out(self.exchange.apply_bad_request(failure.status, failure.reason))
+
+    def gone(self) -> None:
+        """The client is gone."""
+        self._socket = None
+        if self.connection is not None:
+            self.connection.client_gone(_DISCONNECT)
+
+    def _carry_out(self, output: Output) -> None:
+        socket = self._socket
+        if socket is None:
+            return
+        data, end, problem = output
+        if problem is not None:
+            _LOGGER.error("%s (%s %s)", problem, self.head.method, ascii(self.head.raw_path)[2:-1][:200])
+        if self.exchange.is_written and not self._is_logged:
+            self._log()
+        if end is not None:
+            self._socket = None
+        if data:
+            socket.write(data)
+        if end is not None:
+            socket.count_dropped(self.exchange.dropped_count)
+            if self.connection is not None:
+                self.connection.finished(_DISCONNECT)
+            socket.exchange_over(end)
+
+    def _log(self) -> None:
+        self._is_logged = True
+        log = self._access_log
+        if log.enabled and self.exchange.status is not None:
+            head = self.head
+            log.http(
+                client=self._peer.client,
+                method=head.method,
+                raw_path=head.raw_path,
+                query_string=head.query_string,
+                http_version=head.http_version,
+                status=self.exchange.status,
+                application_s=self._clock() - self._asked_at,
+            )
