@@ -51,8 +51,8 @@ GRANT_TIMEOUT_S: Final = 5.0
 TAKE_RETRY_S: Final = 0.2
 # After the stop timeout: for applications that were cancelled to end. Then the process goes without them.
 CANCEL_TIMEOUT_S: Final = 2.0
-# When all is over: for threads that still run the application's code to end. Then the process goes without them.
-THREADS_TIMEOUT_S: Final = 2.0
+# When all is over: for threads and tasks of the application to end. Then the process goes without them.
+EXIT_TIMEOUT_S: Final = 2.0
 # After a second signal: to say goodbye on the links.
 FORCED_LEAVE_TIMEOUT_S: Final = 0.5
 # Threads for synchronous code (run_in_executor, to_thread, sync_to_async beside its one sensitive thread). Further
@@ -153,10 +153,6 @@ class WorkerProcess:
             unknown_connection_count=self._unknown_connection_count,
             ended_count=self._ended_count,
         )
-
-    @property
-    def process_id(self) -> str:
-        return self._layer.process_id
 
     def instances(self) -> list[Instance]:
         return [instance for of_peer in self._peers.values() for instance in of_peer.values()]
@@ -488,8 +484,8 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 async def _serve(settings: WorkerSettings) -> int:
     loop = asyncio.get_running_loop()
     threads = os.environ.get(THREADS_VARIABLE, "")
-    executor = ThreadPoolExecutor(int(threads) if threads.isdigit() and int(threads) else THREADS_MAX, "application")
-    loop.set_default_executor(executor)
+    threads_max = int(threads) if threads.isdigit() and int(threads) else THREADS_MAX
+    loop.set_default_executor(ThreadPoolExecutor(threads_max, "application"))
     layer = _build_layer(settings)
     # Before the import: an application may ask for its layer at module level.
     channel_layer.install_process_layer(layer)
@@ -514,9 +510,11 @@ async def _serve(settings: WorkerSettings) -> int:
             logger.warning("the other processes will find this worker gone by its lease")
     if at_once.is_set():
         _leave_at_once(1)
-    # Threads that run the application's synchronous code cannot be ended, and Python waits for them for ever.
-    if any(thread is not threading.main_thread() and not thread.daemon for thread in threading.enumerate()):
-        threading.Thread(target=_leave_after, args=(THREADS_TIMEOUT_S,), daemon=True).start()
+    # Threads that run the application's synchronous code cannot be ended, and a task may refuse to be cancelled:
+    # Python would wait for them for ever. Most are idle and end at once; this thread ends with the process then.
+    threads_remain = any(not (thread.daemon or thread is threading.main_thread()) for thread in threading.enumerate())
+    if threads_remain or len(asyncio.all_tasks()) > 1:
+        threading.Thread(target=_leave_after, args=(EXIT_TIMEOUT_S,), daemon=True).start()
     return 0 if is_clean else 1
 
 
@@ -534,6 +532,9 @@ async def _serve_connections(
         return True
     process.start()
     _announce_ready()
+    # What exists now stays: no need to look through it at every collection.
+    gc.collect()
+    gc.freeze()
     logger.info("worker %s runs %s", process.process_id, settings.application)
     is_clean = True
     failed = await _unless(stop, process.wait_failed())
@@ -597,7 +598,7 @@ def _announce_ready() -> None:
 
 def _leave_after(timeout_s: float) -> NoReturn:
     time.sleep(timeout_s)
-    logger.error("the worker leaves without threads of the application that do not end")
+    logger.error("threads or tasks of the application do not end: the worker leaves without them")
     _leave_at_once(1)
 
 
