@@ -77,7 +77,7 @@ async def test_own_sends_share_the_capacity_of_the_process(make: Make) -> None:
     local = make(capacity=3)
     for name in "abc":
         local.store(f"x.c1!{name}", b"1")
-    with pytest.raises(ChannelFull, match="x.c1!"):
+    with pytest.raises(ChannelFull, match=r"x\.c1!"):
         local.store("x.c1!d", b"1")
     local.store("y.c1!a", b"1")
     await local.receive("x.c1!b")

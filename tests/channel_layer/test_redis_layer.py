@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+from asgiref.sync import async_to_sync
 
+import channel_layer
 from channel_layer.base import ChannelLayer
+from channel_layer.errors import BrokerUnavailable
 from channel_layer.home import close_homes
 from channel_layer.process_layer import RedisProcessLayer
-from channel_layer.redis_layer import RedisChannelLayer
+from channel_layer.redis_layer import RedisChannelLayer, build_url
 from tests.channel_layer.contract import ChannelLayerContract, HeldMessages, MakePeer
+from tests.channel_layer.processes import started, until
 from tests.servers import BrokerServer
+
+HELLO = {"type": "hello"}
 
 
 def messages_of(layer: Any) -> int:
@@ -53,3 +69,283 @@ def held_messages() -> HeldMessages:
 
 class TestContract(ChannelLayerContract):
     """C1-C22 through the background thread."""
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("hosts", "url"),
+    [
+        (["redis://h:1/2"], "redis://h:1/2"),
+        (["rediss://u:p@h"], "rediss://u:p@h"),
+        (["unix:///tmp/x.sock?db=3"], "unix:///tmp/x.sock?db=3"),
+        ([("localhost", 6380)], "redis://localhost:6380"),
+        ([["::1", 6379]], "redis://[::1]:6379"),
+        ((("h", 1),), "redis://h:1"),
+        ([{"address": "redis://h:1"}], "redis://h:1"),
+        ([{"address": ("h", 1), "password": "p@ss:/"}], "redis://:p%40ss%3A%2F@h:1"),
+        ([{"host": "h"}], "redis://h:6379"),
+        ([{"host": "h", "port": 7, "db": 3, "username": "u", "password": "p"}], "redis://u:p@h:7/3"),
+        ([{"host": "h", "ssl": True, "ssl_cert_reqs": None}], "rediss://h:6379?ssl_cert_reqs=none"),
+        ([{"address": "rediss://h", "ssl_cert_reqs": "none"}], "rediss://h?ssl_cert_reqs=none"),
+        ([{"address": "redis://h?db=1", "socket_timeout": 3}], "redis://h?db=1&socket_timeout=3"),
+    ],
+    ids=str,
+)
+def test_hosts_in_every_form_that_channels_redis_takes(hosts: Any, url: str) -> None:
+    assert build_url(hosts) == url
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"hosts": "redis://h"}, TypeError, "hosts is a str, expected a list"),
+        ({"hosts": []}, ValueError, "hosts has 0 entries"),
+        ({"hosts": ["redis://a", "redis://b"]}, ValueError, "not supported yet"),
+        ({"hosts": [{"sentinels": [("h", 1)], "master_name": "m"}]}, ValueError, "Sentinels: they are not supported"),
+        ({"hosts": [7]}, TypeError, "hosts[0] is 7"),
+        ({"hosts": [("h",)]}, TypeError, "hosts[0] is ('h',)"),
+        ({"hosts": [("h", "6379")]}, TypeError, "port '6379'"),
+        ({"hosts": [{"address": 7}]}, TypeError, "hosts[0]['address'] is 7"),
+        ({"hosts": [{"address": "redis://h", "db": 3}]}, ValueError, "'address' and 'db'"),
+        ({"hosts": ["http://h"]}, ValueError, "redis://, rediss:// or unix://"),
+        ({"hosts": [{"host": "h", "colour": "red"}]}, ValueError, "colour"),
+        ({"prefix": "a b"}, TypeError, "prefix 'a b'"),
+        ({"symmetric_encryption_keys": ["secret"]}, ValueError, "rediss://"),
+        ({"serializer_format": "json"}, ValueError, "only 'msgpack'"),
+        ({"on_disconnect": "x"}, TypeError, "on_disconnect"),
+        ({"colour": "red"}, TypeError, "no option 'colour'"),
+        ({"group_expiry": 0}, ValueError, "group_expiry is 0"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_refused_with_what_to_use(
+    options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        RedisChannelLayer(**options)
+
+
+def test_the_options_of_channels_redis_are_accepted() -> None:
+    layer = RedisChannelLayer(
+        hosts=["redis://:secret@localhost"],
+        prefix="asgi",
+        expiry=10,
+        group_expiry=100,
+        capacity=7,
+        channel_capacity={"http.*": 3},
+        symmetric_encryption_keys=None,
+        random_prefix_length=12,
+        serializer_format="msgpack",
+    )
+    assert (layer.expiry, layer.group_expiry, layer.capacity, layer.get_capacity("http.x")) == (10, 100, 7, 3)
+    assert repr(layer) == "<RedisChannelLayer redis://:***@localhost not connected>"
+
+
+async def test_without_hosts_and_environment_the_error_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRUNKLINE_REDIS", raising=False)
+    with pytest.raises(RuntimeError, match="TRUNKLINE_REDIS"):
+        await RedisChannelLayer().send("x", HELLO)
+
+
+async def test_a_broker_that_is_not_there_is_an_error_each_time(tmp_path: Path) -> None:
+    layer = RedisChannelLayer(hosts=[f"unix://{tmp_path}/none.sock"])
+    for _ in range(2):
+        with pytest.raises(BrokerUnavailable):
+            await layer.send("x", HELLO)
+    close_homes()
+
+
+# Which layer it is
+
+
+async def test_the_environment_names_broker_and_prefix(
+    broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUNKLINE_REDIS", broker_server.url)
+    monkeypatch.setenv("TRUNKLINE_PREFIX", "here")
+    await RedisChannelLayer().send("x", HELLO)
+    with broker_server.client() as client:
+        assert client.llen("here:1:channel:{x}") == 1
+    assert await RedisChannelLayer(hosts=[broker_server.url], prefix="here").receive("x") == HELLO
+    close_homes()
+
+
+async def test_inside_a_worker_it_is_the_workers_own_layer(broker_server: BrokerServer) -> None:
+    async with started(broker_server.url) as (worker, _):
+        channel_layer.install_process_layer(worker)
+        try:
+            for layer in (RedisChannelLayer(), RedisChannelLayer(hosts=[broker_server.url])):
+                channel = await layer.new_channel()
+                assert f".{worker.process_id}!" in channel
+                await asyncio.to_thread(lambda layer=layer, channel=channel: asyncio.run(layer.send(channel, HELLO)))
+                assert await layer.receive(channel) == HELLO
+            elsewhere = RedisChannelLayer(hosts=[broker_server.url], prefix="other")
+            assert f".{worker.process_id}!" not in await elsewhere.new_channel()
+        finally:
+            channel_layer.install_process_layer(None)
+            close_homes()
+
+
+async def test_layers_with_equal_options_share_one_thread_and_inbox(broker_server: BrokerServer) -> None:
+    one, two = RedisChannelLayer(hosts=[broker_server.url]), RedisChannelLayer(hosts=[broker_server.url])
+    assert (await one.statistics()).process_id == (await two.statistics()).process_id
+    other = RedisChannelLayer(hosts=[broker_server.url], capacity=7)
+    assert (await other.statistics()).process_id != (await one.statistics()).process_id
+    close_homes()
+
+
+# A process that only sends needs no inbox
+
+
+async def test_a_process_that_only_sends_has_no_inbox_and_no_lease(broker_server: BrokerServer) -> None:
+    layer = RedisChannelLayer(hosts=[broker_server.url])
+    await layer.send("x", HELLO)
+    await layer.group_send("room", HELLO)
+    with broker_server.client() as client:
+        assert client.keys("*lease*") == []
+    await layer.new_channel()
+    await until(lambda: bool(_leases(broker_server)))
+    close_homes()
+    assert _leases(broker_server) == []
+
+
+def _leases(server: BrokerServer) -> list[bytes]:
+    with server.client() as client:
+        return list(client.keys("*lease*"))  # type: ignore[arg-type]
+
+
+# Synchronous callers
+
+
+def test_async_to_sync_from_many_threads_for_long_leaks_nothing(broker_server: BrokerServer) -> None:
+    layer = RedisChannelLayer(hosts=[broker_server.url], capacity=100_000)
+    channel = async_to_sync(layer.new_channel)()
+    async_to_sync(layer.group_add)("room", channel)
+
+    def view(number: int) -> None:
+        async_to_sync(layer.group_send)("room", {"type": "x", "number": number})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(view, range(400)))
+    numbers = [async_to_sync(layer.receive)(channel)["number"] for _ in range(100)]
+    gc.collect()
+    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    for number in range(200):
+        view(number)
+    # Far less than one a call; the thread of the last call may still be ending.
+    assert len(os.listdir("/proc/self/fd")) < descriptors + 10
+    assert threading.active_count() < threads + 10
+    numbers += [async_to_sync(layer.receive)(channel)["number"] for _ in range(300)]
+    assert sorted(numbers) == list(range(400))
+    close_homes()
+
+
+def run_script(text: str, server: BrokerServer) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", text, server.url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "TRUNKLINE_REDIS": server.url},
+    )
+
+
+SCRIPT_THAT_EXITS = """
+import sys, asyncio
+from asgiref.sync import async_to_sync
+from channel_layer import get_channel_layer
+layer = get_channel_layer()
+channel = async_to_sync(layer.new_channel)()
+async_to_sync(layer.group_add)("room", channel)
+async_to_sync(layer.group_send)("room", {"type": "x"})
+print(async_to_sync(layer.receive)(channel))
+
+async def main():
+    reading = asyncio.ensure_future(layer.receive("never"))
+    await asyncio.sleep(0.2)
+    reading.cancel()
+    print(await layer.new_channel() != channel)
+
+asyncio.run(main())
+"""
+
+
+def test_a_script_exits_at_once_without_a_word_and_leaves_nothing(broker_server: BrokerServer) -> None:
+    done = run_script(SCRIPT_THAT_EXITS, broker_server)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{'type': 'x'}\nTrue\n", "")
+    with broker_server.client() as client:
+        assert client.keys("*") == [b"trunkline:generation"]
+
+
+SCRIPT_THAT_FORKS = """
+import os, sys, threading
+from asgiref.sync import async_to_sync
+from channel_layer import RedisChannelLayer
+layer = RedisChannelLayer()
+mine = async_to_sync(layer.new_channel)()
+async_to_sync(layer.group_add)("room", mine)
+read, write = os.pipe()
+child = os.fork()
+if child == 0:
+    own = async_to_sync(layer.new_channel)()
+    assert own.split("!")[0] != mine.split("!")[0], "the child has its parent's id"
+    async_to_sync(layer.group_add)("room", own)
+    async_to_sync(layer.send)(mine, {"type": "from the child"})
+    os.write(write, b"x")
+    print(async_to_sync(layer.receive)(own), flush=True)
+    sys.exit(0)
+os.read(read, 1)
+print(async_to_sync(layer.receive)(mine), flush=True)
+async_to_sync(layer.group_send)("room", {"type": "to both"})
+os.waitpid(child, 0)
+print(async_to_sync(layer.receive)(mine), flush=True)
+"""
+
+
+def test_a_fork_has_an_id_and_an_inbox_of_its_own(broker_server: BrokerServer) -> None:
+    done = run_script(SCRIPT_THAT_FORKS, broker_server)
+    assert done.stdout == "{'type': 'from the child'}\n{'type': 'to both'}\n{'type': 'to both'}\n", done.stderr
+    assert done.returncode == 0
+    with broker_server.client() as client:
+        assert client.keys("*") == [b"trunkline:generation"]
+
+
+async def test_close_and_close_pools_change_nothing(broker_server: BrokerServer) -> None:
+    layer = RedisChannelLayer(hosts=[broker_server.url])
+    await layer.send("x", HELLO)
+    await layer.close()
+    await layer.close_pools()
+    assert await layer.receive("x") == HELLO
+    close_homes()
+    # Also after the homes were closed, a call begins anew.
+    await layer.send("x", HELLO)
+    assert await layer.receive("x") == HELLO
+    close_homes()
+
+
+def test_a_receive_is_ended_when_the_layer_is_closed(broker_server: BrokerServer) -> None:
+    layer = RedisChannelLayer(hosts=[broker_server.url])
+
+    async def read(channel: str) -> str:
+        try:
+            await layer.receive(channel)
+        except BrokerUnavailable as error:
+            return str(error)
+        return "received"
+
+    with ThreadPoolExecutor(2) as pool:
+        channel = async_to_sync(layer.new_channel)()
+        calls = [pool.submit(asyncio.run, read(name)) for name in (channel, "normal")]
+        async_to_sync(layer.group_send)("room", HELLO)
+        while sum(messages_waiting(layer)) < 2:
+            time.sleep(0.01)
+        close_homes()
+        assert ["closed" in call.result(10) for call in calls] == [True, True]
+
+
+def messages_waiting(layer: Any) -> tuple[int, int]:
+    statistics = layer._home[1]._layer.statistics()
+    return statistics.local_channels.receivers, statistics.normal_channels.waiting
