@@ -165,6 +165,8 @@ class RequestReader:
         """Return the next event, or None if more bytes are needed. Raises BadRequest."""
         if self._failure is not None:
             raise self._failure
+        if self._position == len(self._data):
+            return None
         try:
             if self._part is _Part.HEAD:
                 return self._read_head()
