@@ -21,23 +21,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trunkline.broker import EmbeddedBroker, find_server
 from trunkline.lifeline import hold_lifeline
-from trunkline.listening import bind_socket, describe
 from trunkline.logs import configure_logging
 from trunkline.options import OPTIONS, UsageError, build_parser, load_env_file, parse, render_flags
 from trunkline.reload import SourceWatch
 from trunkline.supervisor import ProcessSpec, Role, Supervisor
 
+if TYPE_CHECKING:
+    from interface_server.settings import InterfaceSettings
+    from worker.settings import WorkerSettings
+
 __all__ = ["main"]
 
 logger = logging.getLogger("trunkline.supervisor")
 
-DEFAULT_HOST: Final = "127.0.0.1"
-DEFAULT_PORT: Final = 8000
-DEFAULT_BACKLOG: Final = 2048
+Settings = TypeVar("Settings")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,8 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import interface_server.server
             import worker.process
         if options.command == "interface" and (options.interfaces or 1) == 1:
-            with _listen(options) as listening:
-                return interface_server.server.run(_interface_settings(options, listening))
+            return interface_server.server.run(_interface_settings(options))
         if options.command == "worker" and (options.workers or 1) == 1:
             return worker.process.run(_worker_settings(options))
         return _supervise(options, version)
@@ -93,16 +93,15 @@ def _given(options: argparse.Namespace, settings_class: type, command: str) -> d
     }
 
 
-def _interface_settings(options: argparse.Namespace, listening: socket.socket) -> Any:
+def _interface_settings(options: argparse.Namespace) -> InterfaceSettings:
     from interface_server.settings import InterfaceSettings
 
     values = _given(options, InterfaceSettings, "interface")
     values["redis_url"] = _redis_url(options)
-    values["fd"] = listening.fileno()
     return _checked(InterfaceSettings, values)
 
 
-def _worker_settings(options: argparse.Namespace) -> Any:
+def _worker_settings(options: argparse.Namespace) -> WorkerSettings:
     from worker.settings import WorkerSettings
 
     values = _given(options, WorkerSettings, "worker")
@@ -111,7 +110,7 @@ def _worker_settings(options: argparse.Namespace) -> Any:
     return _checked(WorkerSettings, values)
 
 
-def _checked(settings_class: type, values: dict[str, Any]) -> Any:
+def _checked(settings_class: type[Settings], values: dict[str, Any]) -> Settings:
     try:
         return settings_class(**values)
     except ValueError as error:
@@ -125,64 +124,52 @@ def _redis_url(options: argparse.Namespace) -> str:
     return url
 
 
-def _listen(options: argparse.Namespace) -> socket.socket:
-    return bind_socket(
-        host=options.host if options.host is not None else DEFAULT_HOST,
-        port=options.port if options.port is not None else DEFAULT_PORT,
-        uds=options.uds,
-        fd=options.fd,
-        reuse_port=bool(options.reuse_port),
-        backlog=options.backlog or DEFAULT_BACKLOG,
-    )
-
-
 # Several processes
 
 
 def _supervise(options: argparse.Namespace, version: str) -> int:
+    from interface_server.listening import describe, open_listening_socket
+
     # What is wrong with the input is said here, once, before every process says it.
-    listening: socket.socket | None = None
-    broker: EmbeddedBroker | None = None
+    program = None
     if options.command == "serve" and options.redis is None:
         program = find_server()
     else:
-        program = None
         _check_broker(_redis_url(options))
-    if options.command in ("serve", "interface"):
-        listening = _listen(options)
-    if program is not None:
-        broker = EmbeddedBroker(program)
-        options.redis = broker.url
-    specs = _process_specs(options, listening)
+    broker: EmbeddedBroker | None = None
+    listening: socket.socket | None = None
     watch = None
-    if options.command == "serve" and options.reload:
-        watch = SourceWatch(options.reload_dir or (options.app_dir or ".",))
-
-    def announce() -> None:
-        what = options.app if options.command != "interface" else "sockets"
-        where = f" on {describe(listening)}" if listening is not None else ""
-        logger.info("Trunkline %s serves %s%s (Ctrl-C to quit)", version, what, where)
-        logger.info("broker: %s%s", "embedded, " if broker is not None else "", _without_password(options.redis))
-        logger.info("%s", "; ".join(_summary(supervisor)))
-
-    supervisor = Supervisor(
-        specs,
-        broker=broker,
-        # An application's own subprocesses and scripts find the broker, too.
-        environment={
-            "TRUNKLINE_REDIS": options.redis,
-            **({"TRUNKLINE_PREFIX": options.prefix} if options.prefix else {}),
-        },
-        on_ready=announce,
-        watch=watch,
-    )
-    try:
-        return asyncio.run(supervisor.run())
-    finally:
-        if listening is not None:
-            listening.close()
+    with contextlib.ExitStack() as stack:
+        if program is not None:
+            broker = EmbeddedBroker(program)
+            stack.callback(broker.remove)
+            options.redis = broker.url
+        if options.command in ("serve", "interface"):
+            listening = stack.enter_context(open_listening_socket(_interface_settings(options)))
             if options.uds is not None:
-                Path(options.uds).unlink(missing_ok=True)
+                stack.callback(Path(options.uds).unlink, missing_ok=True)
+        if options.command == "serve" and options.reload:
+            watch = SourceWatch(options.reload_dir or (options.app_dir or ".",))
+        # An application's own subprocesses and scripts find the broker, too.
+        environment = {"TRUNKLINE_REDIS": options.redis}
+        if options.prefix is not None:
+            environment["TRUNKLINE_PREFIX"] = options.prefix
+
+        def announce() -> None:
+            what = options.app if options.command != "interface" else "sockets"
+            where = f" on {describe(listening)}" if listening is not None else ""
+            logger.info("Trunkline %s serves %s%s (Ctrl-C to quit)", version, what, where)
+            logger.info("broker: %s%s", "embedded, " if broker is not None else "", _without_password(options.redis))
+            logger.info("%s", "; ".join(_summary(supervisor)))
+
+        supervisor = Supervisor(
+            _process_specs(options, listening),
+            broker=broker,
+            environment=environment,
+            on_ready=announce,
+            watch=watch,
+        )
+        return asyncio.run(supervisor.run())
 
 
 def _process_specs(options: argparse.Namespace, listening: socket.socket | None) -> list[ProcessSpec]:
@@ -207,7 +194,6 @@ def _process_specs(options: argparse.Namespace, listening: socket.socket | None)
 def _check_broker(url: str) -> None:
     """Raises UsageError or OSError where the broker cannot be used."""
     from channel_layer.broker import Broker
-
     from channel_layer.errors import BrokerUnsuitable
 
     async def check() -> None:

@@ -146,8 +146,6 @@ class Supervisor:
             for child in self._all_children():  # only after a fault of our own
                 if child.alive and child.process is not None:
                     child.process.kill()
-            if self.broker is not None:
-                self.broker.remove()
             os.close(self._lifeline_read)
             os.close(self._lifeline_write)
         return self._status

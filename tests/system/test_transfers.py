@@ -165,4 +165,4 @@ def test_a_broadcast_member_that_never_reads_is_closed_and_the_others_notice_not
                 assert reader.recv(timeout=10) == f"{number} {text}"
         received = deaf.read_to_the_end(30)
         assert len(received) < 19_000_000, "it was sent everything, so it was not deaf"
-        served.wait_for(r'"WebSocket /member" \[closed 1013\]')
+        served.wait_for(r'"WebSocket /member\?group=room" \[closed 1013\]')
