@@ -243,14 +243,14 @@ class RedisProcessLayer(ChannelsBackend):
         """Connect, take up the lease and read the inbox; see base.ProcessLayer. A client needs no listener."""
         if self._parts is not None:
             raise RuntimeError(f"{self!r} was started before")
+        if self.role != "client" and listener is None:
+            raise TypeError(f"a process of the role {self.role} needs a listener: its links speak to it")
         await self._broker.connect()
         loop = asyncio.get_running_loop()
         writer = ListWriter(self._broker, loop)
         groups = Groups(process_id=self.process_id, keys=self.keys, broker=self._broker, loop=loop)
         links: Links | None = None
-        if self.role != "client":
-            if listener is None:
-                raise TypeError(f"a process of the role {self.role} needs a listener: its links speak to it")
+        if self.role != "client" and listener is not None:
             links = Links(
                 process_id=self.process_id,
                 push=self._push_blobs,
@@ -324,8 +324,8 @@ class RedisProcessLayer(ChannelsBackend):
                 parts.lease.stop()  # the interpreter is shutting down and starts no threads: nobody minds the wait
             if self._broker.reachable:
                 # What is still in the inbox was for a process that is no more.
-                await asyncio.wait((self._broker.call("DEL", self.keys.link(self.process_id)),))
-                await asyncio.wait((self._broker.call("DEL", self.keys.mail(self.process_id)),))
+                inbox = (self.keys.link(self.process_id), self.keys.mail(self.process_id))
+                await asyncio.gather(self._broker.call("DEL", *inbox), return_exceptions=True)
         await self._broker.close()
 
     def set_load(self, load: int, room: int) -> None:

@@ -194,7 +194,7 @@ def run(server: BrokerServer, script: str, *, config: str = "{}", environment: b
     for complaint in ("ResourceWarning", "never awaited", "never retrieved", "destroyed", "trunkline"):
         assert complaint not in done.stderr, done.stderr
     with server.client() as client:
-        assert [key for key in client.keys("*") if b"inbox" in key or b"lease" in key] == []  # type: ignore[union-attr]
+        assert [key for key in client.keys("*") if b"inbox" in key or b"lease" in key] == []
 
 
 def test_the_tutorials_chat_with_hosts(any_broker_server: BrokerServer) -> None:

@@ -27,7 +27,7 @@ def numbers(listener: RecordingListener) -> list[int]:
 
 def group_of(server: BrokerServer, group: str) -> list[bytes]:
     with server.client() as client:
-        return list(client.zrange(f"trunkline:group:{{{group}}}", 0, -1))  # type: ignore[arg-type]
+        return list(client.zrange(f"trunkline:group:{{{group}}}", 0, -1))
 
 
 # Links

@@ -213,7 +213,7 @@ async def test_a_process_that_only_sends_has_no_inbox_and_no_lease(broker_server
 
 def _leases(server: BrokerServer) -> list[bytes]:
     with server.client() as client:
-        return list(client.keys("*lease*"))  # type: ignore[arg-type]
+        return list(client.keys("*lease*"))
 
 
 # Synchronous callers
