@@ -605,6 +605,64 @@ def test_a_peer_that_forgot_us_ends_the_link() -> None:
     assert forgetful.taken(a.push(now), now) == [8]
 
 
+def test_a_pong_counts_for_its_own_ping_only() -> None:
+    a, _ = connected()
+    a.send(2)
+    a.push(1.0)
+    now = a.link.next_deadline()
+    assert now is not None
+    ping = decode_blob(a.push(now)[-1])
+    stale = build_blob(BlobKind.PONG, source="wb", sequence=ping.sequence - 1, ack_stream=100, ack=0)
+    assert a.take([stale], now) == [Received(None, [], None)]
+    assert a.push(now) == []
+    exact = build_blob(BlobKind.PONG, source="wb", sequence=ping.sequence, ack_stream=100, ack=0)
+    assert a.take([exact], now) == [Received(FORGOTTEN, [], None)]
+
+
+def test_a_refusal_by_the_stream_that_we_know_ends_only_ours() -> None:
+    _, b = pair()
+    b.send(1)
+    b.push()
+    blobs = [
+        build_blob(BlobKind.DATA, source="ia", stream=200, sequence=number, frames=[frame(number)])
+        for number in (1, 2)
+    ]
+    # It does not speak of ours: that may still be on its way, so it stays.
+    assert b.taken(blobs[:1]) == [1]
+    assert not b.link.is_acknowledged
+    reset = build_blob(BlobKind.RESET, source="ia", stream=200, ack_stream=500)
+    assert b.take([reset]) == [Received(RESET, [], None)]
+    assert b.link.state is LinkState.OPEN
+    assert b.link.is_acknowledged
+    assert b.taken(blobs[1:]) == [2]
+    b.send(3)
+    assert decode_blob(b.push()[-1])[:6] == (BlobKind.DATA, "wb", 501, 1, 200, 2)
+
+
+def test_a_stream_that_is_refused_without_a_word_is_dropped() -> None:
+    """The peer knew ours before it had one of its own; its first blob does not speak of ours, so it has ended it."""
+    a, b = pair()
+    a.send(1)
+    b.take(a.push())
+    a.take(b.push(0.03))
+    b.link.give_up()
+    b.push()
+    a.send(2)
+    a.push()
+    b.send(3)
+    received = a.take(b.push())
+    assert [(r.ended_before, numbers(r.frames)) for r in received] == [(RESTARTED, [3])]
+    assert a.link.is_acknowledged
+
+
+def test_a_stream_older_than_the_one_we_know_is_refused() -> None:
+    _, b = pair()
+    new = build_blob(BlobKind.DATA, source="ia", stream=200, sequence=1, frames=[frame(1)])
+    old = build_blob(BlobKind.DATA, source="ia", stream=199, sequence=1, frames=[frame(0)])
+    assert b.taken([new, old]) == [1]
+    assert b.push()[0] == build_blob(BlobKind.RESET, source="wb", ack_stream=199)
+
+
 def test_two_that_begin_at_once_keep_both_streams() -> None:
     a, b = pair()
     a.send(1)
@@ -860,6 +918,8 @@ class World(RuleBasedStateMachine):
         self.now = 0.0
         self.broker_away = False
         self.everybody: dict[str, Process] = {}
+        # What was stored lately, to come again when nobody expects it.
+        self.history: list[tuple[str, bytes]] = []
         self.processes: list[Process] = []
         for place in "ab":
             self.start(place)
@@ -891,9 +951,27 @@ class World(RuleBasedStateMachine):
                     if blobs:
                         process.under_way[peer] = blobs
 
+    @rule(count=st.integers(1, 3), size=st.sampled_from([0, 290]), read_first=st.integers(0, 3))
+    def converse(self, count: int, size: int, read_first: int) -> None:
+        """A stretch of time without harm, so that there is something to harm."""
+        for _ in range(count):
+            for side in (0, 1):
+                self.read(side, 1000 if read_first else 1)
+                self.send(side, 2, size)
+                self.collect(side)
+                self.answer(side)
+
+    @rule(side=sides, size=st.sampled_from([0, 290]))
+    def send_blob_by_blob(self, side: int, size: int) -> None:
+        for _ in range(3):
+            self.send(side, 1, size)
+            self.collect(side)
+            self.answer(side)
+
     def store(self, peer: str, blobs: list[bytes]) -> None:
-        if peer in self.everybody:
-            self.everybody[peer].inbox.extend(blobs)
+        self.everybody[peer].inbox.extend(blobs)
+        self.history += [(peer, blob) for blob in blobs]
+        del self.history[:-40]
 
     @rule(side=sides)
     def answer(self, side: int) -> None:
@@ -939,6 +1017,12 @@ class World(RuleBasedStateMachine):
                 inbox.append(inbox.pop(index))
             case "reorder":
                 inbox[:] = data.draw(st.permutations(inbox)) if len(inbox) < 12 else inbox[::-1]
+
+    @precondition(lambda self: self.history)
+    @rule(data=st.data())
+    def repeat_history(self, data: st.DataObject) -> None:
+        peer, blob = data.draw(st.sampled_from(self.history))
+        self.everybody[peer].inbox.append(blob)
 
     @rule()
     def flush_all(self) -> None:
