@@ -301,7 +301,6 @@ class Links:
 
     def _forget(self, link: Link) -> None:
         del self._links[link.peer]
-        self._congested.pop(link.peer, None)
         record = link.statistics()
         for name in _TOTALS:
             self._former[name] += getattr(record, name)
