@@ -125,6 +125,8 @@ class BlockingReader:
         self._connection: BrokerConnection | None = None
         # Whose read was never answered. It may still be blocked at the broker and would eat the next message.
         self._ghost: ServerIdentity | None = None
+        self._is_popping = False
+        self._opening: asyncio.Task[BrokerConnection] | None = None  # runs on when its pop() is cancelled
         self._ending: asyncio.Task[None] | None = None  # runs on when a cancelled pop() is cancelled again
         self._closing: asyncio.Future[None] | None = None  # set by close() while a pop() runs; pop() resolves it
         self._read: _Read | None = None  # the one outstanding read
@@ -160,15 +162,20 @@ class BlockingReader:
         reconnects, and waits up to 1 s for that. Cancelling ends the read at the broker and returns what came
         meanwhile to the head of its list, in order, before CancelledError is raised.
         """
-        while self._ending is not None:
-            await asyncio.shield(self._ending)
-        if self._state in (ReaderState.CONNECTING, ReaderState.READING):
+        if self._is_popping:
             raise RuntimeError(f"{self!r}: pop() is already running")
-        if self._state is ReaderState.CLOSED:
-            raise BrokerUnavailable(f"{self!r}")
+        self._is_popping = True
+        try:
+            return await self._pop(keys, count)
+        finally:
+            self._is_popping = False
+
+    async def _pop(self, keys: Sequence[str], count: int) -> tuple[str, list[bytes]] | None:
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
         connection = self._connection
         if connection is None or connection.lost_reason is not None:
-            connection = await self._open()
+            connection = await self._connected()
         read = self._read = _Read(asyncio.get_running_loop().create_future())
         self._state = ReaderState.READING
         self._pop_count += 1
@@ -211,6 +218,9 @@ class BlockingReader:
         elif self._ending is not None:
             await asyncio.shield(self._ending)
         self._state = ReaderState.CLOSED
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait((self._opening,))
         if self._connection is not None:
             connection, self._connection = self._connection, None
             await connection.disconnect(f"{self!r}")
@@ -218,15 +228,35 @@ class BlockingReader:
 
     # Connecting
 
+    async def _connected(self) -> BrokerConnection:
+        if self._state is ReaderState.CLOSED:
+            raise BrokerUnavailable(f"{self!r}")
+        opening = self._opening
+        if opening is None:
+            self._state = ReaderState.CONNECTING
+            opening = self._opening = asyncio.get_running_loop().create_task(self._open())
+            opening.add_done_callback(self._opened)
+        # wait() leaves the task running when this pop() is cancelled: a caller with a timeout shorter than connecting
+        # takes would never get connected.
+        await asyncio.wait((opening,))
+        if opening.cancelled():
+            raise BrokerUnavailable(f"{self!r}")
+        return opening.result()
+
+    def _opened(self, opening: asyncio.Task[BrokerConnection]) -> None:
+        self._opening = None
+        # exception() also marks it as seen: the pop() that started this may be gone, and the next one tries again.
+        failed = opening.cancelled() or opening.exception() is not None
+        if self._state is ReaderState.CONNECTING:
+            self._state = ReaderState.DISCONNECTED if failed else ReaderState.IDLE
+
     async def _open(self) -> BrokerConnection:
-        self._state = ReaderState.CONNECTING
-        connection: BrokerConnection | None = None
+        if self._fruitless_count > 1:
+            await asyncio.sleep(min(RECONNECT_WAIT_S, RETRY_WAIT_FIRST_S * 2 ** min(self._fruitless_count, 10)))
+        self._fruitless_count += 1
+        # First the command connection: it has the checks, it paces the tries, and it kills the ghost.
+        await self._broker.wait_reachable(RECONNECT_WAIT_S)
         try:
-            if self._fruitless_count > 1:
-                await asyncio.sleep(min(RECONNECT_WAIT_S, RETRY_WAIT_FIRST_S * 2 ** min(self._fruitless_count, 10)))
-            self._fruitless_count += 1
-            # First the command connection: it has the checks, it paces the tries, and it kills the ghost.
-            await self._broker.wait_reachable(RECONNECT_WAIT_S)
             connection = await open_connection(
                 self._address,
                 client_name=self._client_name,
@@ -234,19 +264,15 @@ class BlockingReader:
                 silence_timeout_s=BLOCK_S + self._address.socket_timeout_s,
                 counters=self._counters,
             )
+        except BrokerUnsuitable as error:
+            # The same broker passed the command connection's checks; that one reports it, should it stay so.
+            raise BrokerUnavailable(str(error)) from error
+        try:
             await self._kill_ghost()
-            if self._state is not ReaderState.CONNECTING:  # close() came in between
-                raise BrokerUnavailable(f"{self!r}")
             if connection.lost_reason is not None:
                 raise connection.lost_reason
-        except BaseException as error:
-            if connection is not None:
-                await connection.disconnect(f"{self!r}: connecting ended")
-            if self._state is ReaderState.CONNECTING:
-                self._state = ReaderState.DISCONNECTED
-            if isinstance(error, BrokerUnsuitable):
-                # The same broker passed the command connection's checks; that one reports it, should it stay so.
-                raise BrokerUnavailable(str(error)) from error
+        except BaseException:
+            await connection.disconnect(f"{self!r}: connecting ended")
             raise
         if self._was_connected:
             self.restored_count += 1

@@ -386,11 +386,11 @@ class _TransactionAnswer:
         self._refusal: Exception | None = None  # the first; EXEC says only that there was one
 
     def done(self) -> bool:
-        return False  # every answer is counted, also for a caller that is gone
+        return self._future.done()
 
     def set_result(self, result: Any, /) -> None:
         self._expected_count -= 1
-        if self._expected_count or self._future.done():
+        if self._expected_count:
             return
         for item in result:
             if isinstance(item, hiredis.ReplyError):
@@ -402,7 +402,7 @@ class _TransactionAnswer:
         self._expected_count -= 1
         if self._refusal is None:
             self._refusal = exception
-        if (self._expected_count == 0 or isinstance(exception, BrokerUnavailable)) and not self._future.done():
+        if self._expected_count == 0 or isinstance(exception, BrokerUnavailable):
             self._future.set_exception(self._refusal)
 
 

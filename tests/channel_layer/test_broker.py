@@ -356,6 +356,14 @@ async def test_an_answer_that_arrived_while_the_loop_was_blocked_is_not_a_timeou
         assert broker.reachable
 
 
+@on_both_loops
+async def test_a_slow_broker_that_goes_on_answering_is_not_given_up(broker_server: BrokerServer) -> None:
+    async with connected(f"{broker_server.url}?socket_timeout=0.4") as broker:
+        answers = [broker.call("BLPOP", "none", "0.2") for _ in range(5)]  # each answered 0.2 s after the one before
+        assert await asyncio.gather(*answers) == [None] * 5
+        assert broker.statistics().connect_count == 1
+
+
 async def test_idle_for_longer_than_the_socket_timeout_is_not_an_outage(
     broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -784,6 +792,28 @@ async def test_cancelling_before_the_read_was_written_takes_nothing(broker_serve
 
 
 @on_both_loops
+async def test_a_caller_with_a_shorter_timeout_than_connecting_takes_gets_connected(
+    broker_server: BrokerServer,
+) -> None:
+    async with connected(broker_server.url) as broker:
+        reader = broker.open_reader()
+        await broker.call("RPUSH", "list", "x")
+        popped = None
+        async with asyncio.timeout(10):
+            while popped is None:
+                pop = asyncio.ensure_future(reader.pop(["list"], 1))
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                if not pop.done():
+                    pop.cancel()
+                await asyncio.wait((pop,))
+                popped = None if pop.cancelled() else pop.result()
+                if reader.statistics().pop_count:  # it is connected: now one that may take its time
+                    popped = await reader.pop(["list"], 1)
+        assert popped == ("list", [b"x"])
+
+
+@on_both_loops
 async def test_cancelling_under_racing_pushes_loses_nothing_and_keeps_the_order(
     any_broker_server: BrokerServer,
 ) -> None:
@@ -804,11 +834,13 @@ async def test_cancelling_under_racing_pushes_loses_nothing_and_keeps_the_order(
 
         pushing = asyncio.ensure_future(push())
         while not pushing.done() or await broker.call("LLEN", "list"):
+            # The first of them are cancelled while they connect, which must go on nevertheless.
             pop = asyncio.ensure_future(reader.pop(["other", "list"], chance.randint(1, 5)))
             await asyncio.wait((pop,), timeout=chance.random() * 0.002)
             pop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                popped = await pop
+            await asyncio.wait((pop,))
+            if not pop.cancelled():
+                popped = pop.result()
                 assert popped is not None
                 received += map(int, popped[1])
         await pushing
@@ -931,14 +963,26 @@ async def test_after_a_restart_no_stranger_is_killed(broker_server: BrokerServer
     """Client numbers begin anew with the server: the ghost's may be somebody else's now."""
     async with connected(broker_server.url) as broker:
         changes = Changes(broker)
+        for _ in range(20):  # a number that the few clients of the new server have not reached
+            assert broker_server.answers()
         reader = broker.open_reader()
         pop = asyncio.ensure_future(reader.pop(["list"], 1))
         await until_blocked(broker_server)
+        assert reader._connection is not None
+        assert reader._connection.server is not None
+        ghost_id = reader._connection.server.client_id
         await kill_and_start(broker_server, changes)
         with pytest.raises(BrokerUnavailable):
             await pop
-        await broker.call("RPUSH", "list", "x")
-        assert await reader.pop(["list"], 1) == ("list", [b"x"])
+        with contextlib.ExitStack() as strangers:
+            stranger = strangers.enter_context(broker_server.client(single_connection_client=True))
+            assert stranger.client_id() < ghost_id
+            while stranger.client_id() < ghost_id:
+                stranger = strangers.enter_context(broker_server.client(single_connection_client=True))
+            assert stranger.client_id() == ghost_id
+            await broker.call("RPUSH", "list", "x")
+            assert await reader.pop(["list"], 1) == ("list", [b"x"])
+            assert ghost_id in {int(entry["id"]) for entry in stranger.client_list()}
         assert reader.restored_count == 1
         assert reader.statistics().killed_ghost_count == 0
         assert changes.seen == [LOST, RESTORED_EMPTY]
