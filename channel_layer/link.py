@@ -282,13 +282,20 @@ class Link:
                 self._dropped_frames += 1
                 return False
             self.state = LinkState.OPEN
-        self._queue(frame)
+        length = len(frame)
+        if self._batch_bytes and self._batch_bytes + length > self._settings.blob_bytes:
+            self._batches.append((self._batch, self._batch_bytes))
+            self._batch = []
+            self._batch_bytes = 0
+        self._batch.append(frame)
+        self._batch_bytes += length
+        self.queued_bytes += length + _FRAME_OVERHEAD_BYTES
         return True
 
     def leave(self) -> None:
         """Queue BYE, the last frame of our stream, if the peer knows of us. ``is_acknowledged`` tells the end."""
         if self.state is LinkState.OPEN and (self._peer_stream or self._stream or self.queued_bytes):
-            self._queue(_BYE)
+            self.send(_BYE)
             self.state = LinkState.LEAVING
 
     def ping(self) -> None:
@@ -495,16 +502,6 @@ class Link:
         )
 
     # Sending, inside
-
-    def _queue(self, frame: bytes) -> None:
-        length = len(frame)
-        if self._batch_bytes and self._batch_bytes + length > self._settings.blob_bytes:
-            self._batches.append((self._batch, self._batch_bytes))
-            self._batch = []
-            self._batch_bytes = 0
-        self._batch.append(frame)
-        self._batch_bytes += length
-        self.queued_bytes += length + _FRAME_OVERHEAD_BYTES
 
     def _build_data(self) -> bytes:
         if self._batches:

@@ -112,6 +112,8 @@ class Links:
         # Set by leave(): done when everything is acknowledged.
         self._left: asyncio.Future[None] | None = None
         self._closed = False
+        # True from leave() or close() on: what is sent is dropped.
+        self._is_silent = False
 
         self._former = dict.fromkeys(_TOTALS, 0)
         self._unreadable_blobs = 0
@@ -125,7 +127,7 @@ class Links:
 
         To a peer that has left it is dropped, and ``peer_ended`` is called once more.
         """
-        if self._left is not None or self._closed:
+        if self._is_silent:
             self._former["dropped_frames"] += 1
             return
         link = self._links.get(peer)
@@ -156,6 +158,7 @@ class Links:
         Meanwhile frames are still taken, but nothing more is sent. Cancelled: closed all the same.
         """
         self._left = self._loop.create_future()
+        self._is_silent = True
         for link in self._links.values():
             link.leave()
             self._dirty[link.peer] = link
@@ -170,7 +173,7 @@ class Links:
 
     def close(self) -> None:
         """Stop at once; nothing is sent or taken any more, and no callback is called."""
-        self._closed = True
+        self._closed = self._is_silent = True
         if self._flush_handle is not None:
             self._flush_handle.cancel()
         if self._timer is not None:
