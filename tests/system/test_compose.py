@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import time
 
@@ -20,9 +21,12 @@ pytestmark = [
 ]
 
 
-def compose(*argv):
+def compose(*argv, **variables):
     command = ["docker", "compose", "--project-name", "trunkline-test", "--profile", "balanced", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    # The engine may run where the limit of open files is lower than a server's.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    environment = {**os.environ, "NOFILE": str(min(most, 65536) if most > 0 else 65536), **variables}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -69,7 +73,7 @@ def test_the_chat_answers_and_workers_are_scaled_while_clients_are_connected(sta
 
 
 def test_several_interface_servers_behind_the_balancer(stack):
-    compose("up", "--detach", "--no-recreate", "--scale", "interface=2", "interface", "balancer")
+    compose("up", "--detach", "--scale", "interface=2", "interface", "balancer", INTERFACE_PORT="0")
     assert len(running("interface")) == 2
     deadline = time.monotonic() + 60
     while True:
