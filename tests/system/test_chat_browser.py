@@ -62,9 +62,8 @@ def test_two_windows_exchange_messages_and_survive_a_dead_worker(browser):
         ada.wait_for_selector("#said .line >> text=hello Ada")
 
         # The worker dies: the pages come back by themselves, and everybody is still here.
-        os.kill(served.pids("worker")[0], signal.SIGKILL)
-        for page in (ada, grace):
-            page.wait_for_selector("#state[data-state=connecting]")
+        with ada.expect_websocket(timeout=20_000), grace.expect_websocket(timeout=20_000):
+            os.kill(served.pids("worker")[0], signal.SIGKILL)
         for page in (ada, grace):
             page.wait_for_selector("#state[data-state=open]")
             people(page, "Ada", "Grace")
@@ -80,5 +79,7 @@ def test_two_windows_exchange_messages_and_survive_a_dead_worker(browser):
         grace.wait_for_selector("#room >> text=kitchen")
         people(grace, "Admiral Grace")
         people(ada, "Ada")
+        if os.environ.get("TRUNKLINE_SCREENSHOT"):  # for people who change the page
+            ada.screenshot(path=os.environ["TRUNKLINE_SCREENSHOT"])
         ada.context.close()
         grace.context.close()
