@@ -28,12 +28,16 @@ tests: $(VENV)/.dev
 compose-test: $(VENV)/.dev  ## needs a running Docker engine with Compose v2
 	TRUNKLINE_COMPOSE_TEST=1 $(BIN)/pytest -m docker --timeout 900 tests/system/test_compose.py
 
+# Servers of the comparison and ours in one environment. ARGS="--quick", ARGS="--only http,echo": see bench.py.
+bench: benchmarks/.venv/.installed benchmarks/load  ## measure against Daphne, uvicorn and granian
+	benchmarks/.venv/bin/python benchmarks/bench.py $(ARGS)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) benchmarks/.venv benchmarks/load build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
@@ -47,3 +51,12 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@ $(VENV)/.run
+
+benchmarks/.venv/.installed: benchmarks/requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	$(PYTHON) -m venv benchmarks/.venv
+	benchmarks/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements.txt
+	touch $@
+
+benchmarks/load: benchmarks/load.c
+	$(CC) -O2 -Wall -Wextra -o $@ $<
