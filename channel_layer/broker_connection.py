@@ -54,10 +54,6 @@ UNANSWERED_COMMANDS_MAX: Final = 20_000
 # BrokerUnavailable ("overloaded"), until half of it has left.
 UNWRITTEN_BYTES_MAX: Final = 32 * 1024 * 1024
 
-# The last part of the silence timeout is watched apart: a timer that comes late because our own loop was blocked may
-# run before the loop has looked at its sockets (uvloop's do), and the answer lies there unread.
-_LAST_LOOK: Final = 0.2
-
 # Error codes of a broker that is there but does not serve at the moment: it loads its data, became a replica (a
 # blocked read then ends with UNBLOCKED), or a script keeps it busy. The command was not carried out.
 _NOT_SERVING: Final = frozenset({"BUSY", "LOADING", "MASTERDOWN", "READONLY", "UNBLOCKED"})
@@ -110,6 +106,7 @@ class BrokerConnection(asyncio.Protocol):
         "_is_write_paused",
         "_loop",
         "_name",
+        "_owes_nothing_yet",
         "_reader",
         "_silence_timeout_s",
         "_silence_timer",
@@ -135,8 +132,10 @@ class BrokerConnection(asyncio.Protocol):
         self._collected: list[bytes] = []  # commands of this tick; UNWRITTEN_BYTES_MAX
         self._collected_bytes = 0
         self._is_write_paused = False
-        self._heard_at = 0.0  # when bytes came last, or when the first of the unanswered commands was called;
-        # monotonic, because uvloop's own clock stands still while the loop is blocked
+        self._owes_nothing_yet = False  # all unanswered commands are still collected, none is written
+        # When bytes came last, or the first of the unanswered commands was written; monotonic, because uvloop's own
+        # clock stands still while a callback runs.
+        self._heard_at = 0.0
         self._silence_timer: asyncio.TimerHandle | None = None
         self.lost_reason: BrokerUnavailable | None = None
         self.on_lost: Callable[[BrokerConnection], None] | None = None
@@ -209,9 +208,7 @@ class BrokerConnection(asyncio.Protocol):
             )
             return
         if not waiting:
-            self._heard_at = time.monotonic()
-            if self._silence_timer is None:
-                self._watch_silence(0.0)
+            self._owes_nothing_yet = True
         if not self._collected:
             self._loop.call_soon(self._flush)
         self._collected.append(data)
@@ -232,30 +229,26 @@ class BrokerConnection(asyncio.Protocol):
         self._collected_bytes = 0
         self._counters.written_bytes += len(data)
         self._transport.write(data)
+        if self._owes_nothing_yet:
+            # From the write, not from the call: in between the application may block the loop for long.
+            self._owes_nothing_yet = False
+            self._heard_at = time.monotonic()
+            if self._silence_timer is None:
+                self._silence_timer = self._loop.call_later(self._silence_timeout_s, self._check_silence)
 
     # The end
 
-    def _watch_silence(self, silence_s: float) -> None:
-        first_look_s = self._silence_timeout_s * (1 - _LAST_LOOK)
-        self._silence_timer = self._loop.call_later(first_look_s - silence_s, self._check_silence)
-
     def _check_silence(self) -> None:
+        # Both loops read their sockets before they run timers that are due (libuv since 1.45), so an answer that
+        # arrived while the loop was blocked has been taken by now.
         self._silence_timer = None
-        if not self._waiting:
+        if not self._waiting or self._owes_nothing_yet:  # then _flush() starts the timer anew
             return
-        silence_s = time.monotonic() - self._heard_at
-        if silence_s < self._silence_timeout_s * (1 - _LAST_LOOK):
-            self._watch_silence(silence_s)
+        remaining_s = self._heard_at + self._silence_timeout_s - time.monotonic()
+        if remaining_s > 0:
+            self._silence_timer = self._loop.call_later(remaining_s, self._check_silence)
         else:
-            self._silence_timer = self._loop.call_later(
-                self._silence_timeout_s * _LAST_LOOK, self._give_up_if_silent_since, self._heard_at
-            )
-
-    def _give_up_if_silent_since(self, heard_at: float) -> None:
-        if self._waiting and self._heard_at == heard_at:
             self.give_up(f"broker {self._name} did not answer for {self._silence_timeout_s:g} s")
-        else:
-            self._check_silence()
 
     def give_up(self, reason: str) -> None:
         """End the connection at once; unanswered commands fail and may or may not have been carried out."""
