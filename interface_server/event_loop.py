@@ -32,14 +32,15 @@ def run(main: Callable[[Any], Coroutine[Any, Any, int]]) -> int:
     Once in a process: Twisted's reactor cannot be started again. What ``main`` raises is raised here, after the
     reactor has stopped. Signal handlers are main's business (``loop.add_signal_handler``).
     """
-    from twisted.internet.asyncioreactor import AsyncioSelectorReactor
     from twisted.internet.main import installReactor
+
+    from interface_server.reactor import Reactor
 
     loop = new_event_loop()
     loop.set_exception_handler(_log_loop_error)
     asyncio.set_event_loop(loop)
     _log_twisted_errors()
-    reactor: Any = AsyncioSelectorReactor(loop)
+    reactor: Any = Reactor(loop)
     installReactor(reactor)  # type: ignore[no-untyped-call]
     outcome: list[asyncio.Task[int]] = []
 

@@ -89,3 +89,35 @@ def test_errors_in_callbacks_of_both_sides_reach_the_log():
     assert len([line for line in lines if "trunkline.interface" in line]) == 2
     assert "ZeroDivisionError: division by zero" in lines
     assert "KeyError: 'missing'" in result.stderr
+
+
+def test_a_socket_that_is_reset_right_behind_its_data_is_lost():
+    """uvloop polls such a socket once more and never again; the data hide the error from that one read."""
+    result = run(
+        """
+        async def main(reactor):
+            import socket, struct
+            from twisted.internet.protocol import Factory, Protocol
+
+            lost = asyncio.get_running_loop().create_future()
+
+            class Silent(Protocol):
+                def dataReceived(self, data):
+                    print("received", data)
+
+                def connectionLost(self, reason):
+                    lost.set_result(reason.type.__name__)
+
+            port = reactor.listenTCP(0, Factory.forProtocol(Silent), interface="127.0.0.1")
+            client = socket.create_connection(("127.0.0.1", port.getHost().port))
+            client.sendall(b"data")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+            print(await asyncio.wait_for(lost, 5))
+            await port.stopListening().asFuture(asyncio.get_running_loop())
+            return 0
+
+        sys.exit(event_loop.run(main))
+        """
+    )
+    assert (result.returncode, result.stdout) == (0, "received b'data'\nConnectionLost\n"), result.stderr
