@@ -138,6 +138,10 @@ class Connections:
 
     # Called by the adapters
 
+    def broker_away_s(self) -> float:
+        """How long the broker was away altogether since the start; deadlines of others stand still meanwhile."""
+        return self._watch.still_s(self._clock())
+
     def open(
         self,
         client: Client,

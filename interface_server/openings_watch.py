@@ -150,6 +150,10 @@ class OpeningsWatch:
             self._still_s += now - self._still_since
             self._still_since = None
 
+    def still_s(self, now: float) -> float:
+        """How long the broker was away altogether, the present absence included."""
+        return self._still_s if self._still_since is None else self._still_s + now - self._still_since
+
     def look(self, now: float) -> list[Look]:
         """Return what to look for now, at most one Look for each channel; ``answered`` wants the answers."""
         if self._still_since is not None:

@@ -226,6 +226,18 @@ def test_an_application_that_does_not_answer_costs_a_504():
     assert world.disconnect == (1006, "")
 
 
+def test_the_handshake_timeout_stands_still_while_the_broker_is_away():
+    world = World(ws_handshake_timeout_s=10)
+    world.clock.advance(5)
+    world.connections.away_s = 4.0  # and it goes on
+    world.clock.advance(5.6)
+    world.connections.away_s = 6.0
+    world.clock.advance(4.5)
+    assert world.transport.written == b""
+    world.clock.advance(2.5)
+    assert world.transport.written.startswith(b"HTTP/1.1 504 ")
+
+
 def test_a_client_that_leaves_before_the_answer():
     world = World()
     world.client.connection_lost()
@@ -408,6 +420,31 @@ def test_a_client_that_reads_a_byte_now_and_then_is_not_waited_for_for_ever():
         world.transport.dataBuffer = world.transport.dataBuffer[1:]
         world.clock.advance(5.5)
     assert world.transport.ended == "abort"
+
+
+def test_a_client_that_goes_on_behind_our_close_is_read_until_its_close_but_not_without_limit():
+    world = opened()
+    world.connection.send({"type": "websocket.close"})
+    piece = client_frame(2, bytes(1024 * 1024))
+    for _ in range(63):
+        world.client.data_received(piece)
+        assert world.transport.is_reading
+    world.client.data_received(piece)
+    assert not world.transport.is_reading
+    assert world.connection.events == []
+    world.clock.advance(5.5)
+    assert world.transport.ended == "abort"
+
+
+def test_a_client_that_goes_on_behind_a_refusal_is_read_no_more():
+    world = World()
+    world.connection.send({"type": "websocket.close"})
+    assert world.transport.ended == "half"
+    for _ in range(64):
+        world.client.data_received(bytes(1024 * 1024))
+    assert world.transport.is_reading
+    world.client.data_received(b"x")
+    assert not world.transport.is_reading
 
 
 def test_a_closing_connection_reads_on_although_it_was_paused():

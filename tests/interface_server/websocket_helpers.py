@@ -116,6 +116,10 @@ class FakeConnections:
         self.application: Callable | None = None
         self.on_open: Callable | None = None
         self.on_gone: Callable | None = None
+        self.away_s = 0.0
+
+    def broker_away_s(self):
+        return self.away_s
 
     def open(self, client, *, protocol, scope, first_event, tell_receiving=False):
         assert protocol == "websocket"
