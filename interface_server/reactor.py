@@ -1,8 +1,15 @@
-"""Twisted's asyncio reactor, with a repair for sockets that are reset while uvloop polls them.
+"""Twisted's asyncio reactor, with cheaper writes and reads, and a repair for sockets that are reset under uvloop.
 
-libuv reports a socket with an error as a failed poll (``EBADF``), and uvloop then calls reader and writer once more
-and closes its handle for good. If that one ``doRead`` finds data that came before the reset, it knows of no error,
-and nobody will ever call it again: the connection would stay for ever, and whoever writes to it would get a
+**Writes.** Twisted registers a transport that has something to write with the loop, is called when the socket takes
+it (which it nearly always does at once), and takes the registration back: two epoll_ctl and a callback for each
+answer. Here what was written within a loop turn is sent at the end of that turn, still as one send() for each socket,
+and only a socket that does not take everything is registered. That was 6 of 22 us for each write of a broadcast.
+
+**Reads** are called without Twisted's log context (2 us), which nothing here looks at.
+
+**Repair.** libuv reports a socket with an error as a failed poll (``EBADF``), and uvloop then calls reader and writer
+once more and closes its handle for good. If that one ``doRead`` finds data that came before the reset, it knows of no
+error, and nobody will ever call it again: the connection would stay for ever, and whoever writes to it would get a
 RuntimeError ("the handler is closed"). So the socket is asked for its error behind each read that found none.
 
 Import it only where the reactor is made (event_loop.py): the class below is one.
@@ -10,8 +17,9 @@ Import it only where the reactor is made (event_loop.py): the class below is one
 
 from __future__ import annotations
 
+import logging
 from socket import SO_ERROR, SOL_SOCKET
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.asyncioreactor import AsyncioSelectorReactor
 from twisted.internet.main import CONNECTION_LOST
@@ -19,13 +27,70 @@ from twisted.internet.tcp import Connection
 
 __all__ = ["Reactor"]
 
+_LOGGER: Final = logging.getLogger("trunkline.interface")
+
 
 class Reactor(AsyncioSelectorReactor):
     """For uvloop loops and asyncio's own alike."""
 
     _readers: dict[Any, int]
+    _writers: dict[Any, int]
+    _asyncioEventloop: Any
+
+    def __init__(self, eventloop: Any) -> None:
+        # Both are bounded by the sockets, each of which is in here once at most.
+        self._unwritten: dict[Any, None] = {}  # have something to write; tried at the end of the loop turn
+        self._writing: dict[Any, None] = {}  # are being tried; those that took everything are removed
+        super().__init__(eventloop)
+
+    # Called by Twisted's transports
+
+    def addReader(self, reader: Any) -> None:
+        if isinstance(reader, Connection):
+            if reader not in self._readers:
+                descriptor = reader.fileno()
+                self._asyncioEventloop.add_reader(descriptor, self._readOrWrite, reader, True)
+                self._readers[reader] = descriptor
+        else:
+            super().addReader(reader)  # type: ignore[no-untyped-call]
+
+    def addWriter(self, writer: Any) -> None:
+        if not isinstance(writer, Connection):
+            super().addWriter(writer)  # type: ignore[no-untyped-call]
+        elif writer not in self._writers and writer not in self._writing:
+            if not self._unwritten:
+                self._asyncioEventloop.call_soon(self._write)
+            self._unwritten[writer] = None
+
+    def removeWriter(self, writer: Any) -> None:
+        if writer in self._writing:
+            del self._writing[writer]
+        elif writer in self._unwritten:
+            # The call of _write that it asked for may find nothing to do.
+            del self._unwritten[writer]
+        else:
+            super().removeWriter(writer)  # type: ignore[no-untyped-call]
+
+    def getWriters(self) -> list[Any]:
+        return [*super().getWriters(), *self._unwritten, *self._writing]  # type: ignore[no-untyped-call]
 
     # Called by the loop
+
+    def _write(self) -> None:
+        writing = self._writing = self._unwritten
+        self._unwritten = {}
+        for writer in list(writing):
+            if writer not in writing:
+                continue  # lost meanwhile
+            try:
+                super()._readOrWrite(writer, False)  # type: ignore[no-untyped-call]
+                if writer in writing:
+                    del writing[writer]
+                    super().addWriter(writer)  # type: ignore[no-untyped-call]
+            except Exception:
+                # A connectionLost raised, or uvloop's handle is closed: this socket's affair, not the others'.
+                writing.pop(writer, None)
+                _LOGGER.exception("writing to %r failed", writer)
 
     def _readOrWrite(self, selectable: Any, read: bool) -> None:
         super()._readOrWrite(selectable, read)  # type: ignore[no-untyped-call]
