@@ -284,8 +284,15 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option(
         flag="interface",
         commands=APPLICATION,
-        convert=_one_of("auto", "asgi3", "asgi2"),
-        help="auto, asgi3 or asgi2 (auto)",
+        convert=_one_of("auto", "asgi3", "asgi2", "wsgi"),
+        help="auto (asgi3 or asgi2), asgi3, asgi2 or wsgi (auto)",
+    ),
+    Option(
+        flag="threads",
+        commands=APPLICATION,
+        convert=_integer(1),
+        metavar="N",
+        help="WSGI requests one worker runs at a time (16); more wait in the queue",
     ),
     Option(
         flag="lifespan",

@@ -104,7 +104,7 @@ class WorkerProcess:
         self._by_channel: dict[str, Instance] = {}
         # How many connections there are of each protocol, and may be; at the limit nothing more is taken.
         self._counts = {"http": 0, "websocket": 0}
-        self._limits = {"http": settings.concurrency, "websocket": settings.websockets_max}
+        self._limits = {"http": settings.http_max, "websocket": settings.websockets_max}
         self._room = {"http": asyncio.Event(), "websocket": asyncio.Event()}
         self._idle = asyncio.Event()  # no connection is here
         self._idle.set()
@@ -492,7 +492,7 @@ async def _serve(settings: WorkerSettings) -> int:
     # On the running loop, as elsewhere: an application may create what needs one at module level.
     prepare_import(settings.app_dir)
     candidate = load_application(settings.application, factory=settings.factory)
-    application = build_application(candidate, settings.interface)
+    application = build_application(candidate, settings.interface, threads=settings.threads)
     lifespan = Lifespan(application, mode=settings.lifespan)
     process = WorkerProcess(settings, application=application, layer=layer, state=lifespan.state)
     layer.epoch_of = process.epoch_of

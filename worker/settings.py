@@ -10,14 +10,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["HTTP_CHANNEL", "WEBSOCKET_CHANNEL", "InterfaceStyle", "LifespanMode", "WorkerSettings"]
+__all__ = [
+    "HTTP_CHANNEL",
+    "THREADS_DEFAULT",
+    "WEBSOCKET_CHANNEL",
+    "InterfaceStyle",
+    "LifespanMode",
+    "WorkerSettings",
+]
 
 # The normal channels on which connections wait for a worker.
 HTTP_CHANNEL = "http.request"
 WEBSOCKET_CHANNEL = "websocket.connect"
 
-InterfaceStyle = Literal["auto", "asgi3", "asgi2"]
+InterfaceStyle = Literal["auto", "asgi3", "asgi2", "wsgi"]
 LifespanMode = Literal["auto", "on", "off"]
+
+THREADS_DEFAULT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +51,10 @@ class WorkerSettings:
     channels: tuple[str, ...] = (HTTP_CHANNEL, WEBSOCKET_CHANNEL)
     concurrency: int = 100  # running HTTP requests; one counts until its application call returns
     websockets_max: int = 20_000  # WebSockets, likewise
+    # Of a WSGI application, one for each running request. A worker takes no request for which it has none: so what
+    # is above the smaller of ``threads`` and ``concurrency`` waits in the broker's queue, for whichever worker is
+    # free first, and not in this one behind a slow request.
+    threads: int = THREADS_DEFAULT
 
     # Flow control, per connection and direction, in bytes of encoded events. Used up: send() waits, and the
     # interface server stops reading the client's socket. Both sides of a link must agree.
@@ -57,7 +70,7 @@ class WorkerSettings:
     lifespan_shutdown_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "websockets_max"):
+        for name in ("concurrency", "websockets_max", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in ("close_timeout_s", "stop_timeout_s", "lifespan_shutdown_timeout_s"):
@@ -70,7 +83,12 @@ class WorkerSettings:
             raise ValueError(
                 f"channels are {self.channels!r}, must be some of {HTTP_CHANNEL!r}, {WEBSOCKET_CHANNEL!r}"
             )
-        if self.interface not in ("auto", "asgi3", "asgi2"):
-            raise ValueError(f"interface is {self.interface!r}, must be 'auto', 'asgi3' or 'asgi2'")
+        if self.interface not in ("auto", "asgi3", "asgi2", "wsgi"):
+            raise ValueError(f"interface is {self.interface!r}, must be 'auto', 'asgi3', 'asgi2' or 'wsgi'")
         if self.lifespan not in ("auto", "on", "off"):
             raise ValueError(f"lifespan is {self.lifespan!r}, must be 'auto', 'on' or 'off'")
+
+    @property
+    def http_max(self) -> int:
+        """How many HTTP requests this worker holds at a time."""
+        return min(self.concurrency, self.threads) if self.interface == "wsgi" else self.concurrency

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from worker.application import build_application
+from tests.worker.support import http_scope
+from worker.application import InterfaceMismatch, build_application
 from worker.settings import InterfaceStyle
 
 
@@ -88,3 +89,57 @@ async def test_a_sync_function_with_three_parameters_is_taken_for_asgi2_unless_t
     application = build_application(sync_function_that_returns_a_coroutine)
     with pytest.raises(TypeError):
         await application({}, None, None)  # type: ignore[arg-type]
+
+
+def wsgi(environ: Any, start_response: Any) -> Any:
+    start_response("200 OK", [])
+    return [b"wsgi"]
+
+
+class WsgiInstance:
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        return wsgi(environ, start_response)
+
+
+class WsgiClass:
+    """PEP 3333's second example: the class is the application, its instance the iterable."""
+
+    def __init__(self, environ: Any, start_response: Any) -> None:
+        start_response("200 OK", [])
+
+    def __iter__(self) -> Any:
+        yield b"wsgi"
+
+
+def anything(*arguments: Any) -> Any:
+    return wsgi(*arguments)
+
+
+WSGI = [wsgi, WsgiInstance(), WsgiInstance().__call__, WsgiClass, functools.partial(wsgi)]
+
+
+@pytest.mark.parametrize("application", [*WSGI, anything])
+async def test_wsgi_is_called_as_asgi3(application: Any) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("nobody reads the body")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await build_application(application, "wsgi", threads=1)(http_scope(), receive, send)
+    assert b"".join(message.get("body", b"") for message in sent) == b"wsgi"
+
+
+@pytest.mark.parametrize("interface", ["auto", "asgi3", "asgi2"])
+@pytest.mark.parametrize("application", WSGI)
+def test_wsgi_that_nobody_announced_is_an_error_with_the_way_out(application: Any, interface: InterfaceStyle) -> None:
+    with pytest.raises(InterfaceMismatch, match="serve it with --interface wsgi"):
+        build_application(application, interface)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] != "marked as single"], ids=lambda case: case[0])
+def test_asgi_announced_as_wsgi_is_an_error(case: Any) -> None:
+    with pytest.raises(InterfaceMismatch, match="looks like an ASGI application"):
+        build_application(case[1], "wsgi")

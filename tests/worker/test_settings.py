@@ -31,7 +31,8 @@ def test_the_defaults_are_accepted() -> None:
         {"window_bytes": 64 * 1024},
         {"channels": ()},
         {"channels": ("http.request", "jobs")},
-        {"interface": "wsgi"},
+        {"interface": "cgi"},
+        {"threads": 0},
         {"lifespan": "maybe"},
     ],
 )
