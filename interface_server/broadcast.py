@@ -14,6 +14,7 @@ Does not live here: the queue (connections.py), writing (websocket.py).
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ __all__ = [
     "FanOutStatistics",
     "Receiver",
 ]
+
+_LOGGER: Final = logging.getLogger("trunkline.interface")
 
 # A slice ends after so many connections or so much time, whichever is first; then other callbacks of the loop have
 # their turn. A write through Twisted costs about 16 us.
@@ -81,6 +84,9 @@ class Receiver(Protocol):
 
     def drop_slow_client(self) -> None:
         """End the connection with Refusal.SLOW_CLIENT; calls BroadcastMemory.forget."""
+
+    def failed(self) -> None:
+        """``flush_queue`` raised: end the connection. Must not raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +158,13 @@ class FanOut:
         waiting = self._waiting
         end = self._clock() + self._slice_s
         for done in range(1, min(len(waiting), self._slice_connections) + 1):
-            waiting.popleft().flush_queue()
+            receiver = waiting.popleft()
+            try:
+                receiver.flush_queue()
+            except Exception:
+                # A fault of ours in one connection must not keep all others waiting.
+                _LOGGER.exception("what was sent to %r could not be written", receiver)
+                receiver.failed()
             # The clock is asked now and then: asking costs a tenth of a small write.
             if not done % 16 and self._clock() >= end:
                 break

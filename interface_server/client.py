@@ -92,7 +92,8 @@ class Connection(Protocol):
 
     def finished(self, event: dict[str, Any] | None = None) -> None:
         """The exchange is complete on our side (response sent, closing handshake done) and the Client wants no
-        more calls; ``event`` is a last event for the application, which may still be running.
+        more calls; ``event`` is a last event for the application, which may still be running. It is not sent to an
+        instance that has completed its response by itself: there the worker knows.
         """
 
     def pause_delivery(self) -> None:

@@ -104,6 +104,7 @@ class ClientConnection:
         "_flush_wanted",
         "_hub",
         "_incoming",
+        "_instance_is_done",
         "_outgoing",
         "_paused",
         "_queue",
@@ -155,6 +156,8 @@ class ClientConnection:
         self._reading_paused = False  # we told the client to stop reading
         self.is_counted = True  # among the open ones, until the client is gone
         self.broker_deadline: float | None = None  # set when it first waits for the broker
+        # The instance itself completed its response; then its worker gives it the disconnect.
+        self._instance_is_done = False
         self._delivering = False  # a call to the client is under way: what comes meanwhile queues behind it
         self._verdict: Outcome | Refusal | None = None  # in ENDING: what the client is told at last
 
@@ -171,10 +174,10 @@ class ClientConnection:
             self.send_encoded(encode_event(event))
 
     def client_gone(self, event: dict[str, Any]) -> None:
-        self._leave(event, gone=True)
+        self._leave(event)
 
     def finished(self, event: dict[str, Any] | None = None) -> None:
-        self._leave(event, gone=False)
+        self._leave(event)
 
     def pause_delivery(self) -> None:
         self._paused = True
@@ -327,7 +330,7 @@ class ClientConnection:
             event = {"type": "websocket.disconnect", "code": refusal.close_code, "reason": refusal.reason}
         else:
             event = {"type": "http.disconnect"}
-        self._leave(event, gone=True)
+        self._leave(event)
         client.refused(refusal)
 
     def shared_event_received(self, event: dict[str, Any], broadcast: Broadcast | None, payload: bytes) -> bool:
@@ -375,7 +378,10 @@ class ClientConnection:
         return 0 if self._client is None else self._client.buffered_bytes()
 
     def drop_slow_client(self) -> None:
-        self._hub.dismiss(self, Refusal.SLOW_CLIENT)
+        self._hub.give_up(self, Refusal.SLOW_CLIENT)
+
+    def failed(self) -> None:
+        self._hub.give_up(self, Refusal.PROTOCOL)
 
     # Delivery to the client
 
@@ -413,6 +419,12 @@ class ClientConnection:
         queue = self._queue
         if queue is None or len(queue) == self._counted:
             return
+        if len(queue) == self._counted + 1:  # as for each message to a client that does not read: it is the last one
+            held, _, size = queue[-1]
+            self._counted += 1
+            if held in _OF_GROUPS:
+                self._hub.memory.hold(self, size)
+            return
         for held, _, size in islice(queue, self._counted, None):
             self._counted += 1
             if held in _OF_GROUPS:
@@ -445,6 +457,8 @@ class ClientConnection:
             self._delivering = True
             try:
                 if type(value) is dict:
+                    if held is _Held.SHARED and value.get("more_body") is False:
+                        self._instance_is_done = True
                     client.application_event(value)
                 else:
                     client.send_broadcast(value)
@@ -470,6 +484,8 @@ class ClientConnection:
         except WireError as error:
             self._abandon(error)
             return
+        if event.get("more_body") is False:
+            self._instance_is_done = True
         self._delivering = True
         try:
             client.application_event(event)
@@ -503,7 +519,7 @@ class ClientConnection:
         if queue is not None or early is not None:
             self._hub.memory.forget(self)
 
-    def _leave(self, event: dict[str, Any] | None, *, gone: bool) -> None:
+    def _leave(self, event: dict[str, Any] | None) -> None:
         if self._client is None:
             return
         self._client = None
@@ -516,9 +532,9 @@ class ClientConnection:
         self.move(State.LEAVING)
         self._discard_held()
         self._hub.left(self, None)
-        if event is not None:
+        if event is not None and not self._instance_is_done:
             self._outgoing.offer_last(encode_event(event))
             self.flush()
-            if gone and not self._outgoing.is_empty:
+            if not self._outgoing.is_empty:
                 assert self.peer is not None
                 self._hub.layer.link_send(self.peer, build_gone(self.number, self.epoch))

@@ -220,7 +220,7 @@ class Connections:
             number = frame[1]
             broken = self._connections.get(number) if type(number) is int else None
             if broken is not None and broken.peer == peer:
-                self.dismiss(broken, Refusal.PROTOCOL)
+                self.give_up(broken, Refusal.PROTOCOL)
 
     def peer_ended(self, peer: str, reason: str) -> None:
         owned = self._peers.pop(peer, set())
@@ -230,12 +230,12 @@ class Connections:
         for connection in owned:
             # A client's answer to one of these calls may end another one of them.
             if connection.peer == peer:
-                self._end(connection, Refusal.WORKER_LOST)
+                self._guarded(connection, self._end, connection, Refusal.WORKER_LOST)
 
     def peer_ready(self, peer: str) -> None:
         for connection in self._waiting_for_link.pop(peer, ()):
             if connection.peer == peer:
-                connection.flush()
+                self._guarded(connection, connection.flush)
 
     def broker_changed(self, reachable: bool) -> None:
         if not reachable:
@@ -244,7 +244,7 @@ class Connections:
         self._watch.go_on(self._clock())
         parked, self._parked = self._parked, {}
         for connection in parked:
-            self._push(connection)
+            self._guarded(connection, self._push, connection)
 
     def owns_channel(self, channel: str, epoch: int) -> bool:
         """True if ``channel`` is the reply channel of a connection that is alive; epoch 0 is not fenced."""
@@ -272,12 +272,12 @@ class Connections:
         self._is_stopping = True
         for connection in list(self._connections.values()):
             if connection.protocol == "websocket":
-                self.dismiss(connection, Refusal.STOPPING)
+                self._guarded(connection, self.dismiss, connection, Refusal.STOPPING)
 
     def cut(self) -> None:
         """End what is still open."""
         for connection in list(self._connections.values()):
-            self.dismiss(connection, Refusal.STOPPING)
+            self._guarded(connection, self.dismiss, connection, Refusal.STOPPING)
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until no exchange is open; False if that takes longer."""
@@ -332,6 +332,22 @@ class Connections:
         if connection.is_alive:
             self._refused_count[refusal.name] += 1
             connection.dismiss(refusal)
+
+    def give_up(self, connection: ClientConnection, refusal: Refusal) -> None:
+        """As ``dismiss``, for callers who have others to look after: never raises."""
+        try:
+            self.dismiss(connection, refusal)
+        except Exception:
+            _LOGGER.exception("%r could not be ended", connection)
+
+    def _guarded(self, connection: ClientConnection, call: Callable[..., None], *arguments: Any) -> None:
+        """One of many connections must not keep the others from what all of them are told."""
+        try:
+            call(*arguments)
+        except Exception:
+            # Nobody knows how much of it was done.
+            _LOGGER.exception("%r failed", connection)
+            self.give_up(connection, Refusal.PROTOCOL)
 
     # Frames
 

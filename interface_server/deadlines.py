@@ -7,12 +7,15 @@ to the tick: never early, late by a tick at most, and later while the loop is bu
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 __all__ = ["Deadlines", "DeadlinesStatistics", "HasDeadline"]
+
+_LOGGER: Final = logging.getLogger("trunkline.interface")
 
 _TICK_S: Final = 0.5
 # So many connections in one loop turn, then others have theirs: whoever connected together (after a deploy, say)
@@ -104,7 +107,11 @@ class Deadlines:
                 item.deadline_tick = None
                 self._armed_count -= 1
                 self._reached_count += 1
-                item.deadline_reached()
+                try:
+                    item.deadline_reached()
+                except Exception:
+                    # A fault of ours in one connection must not stop the deadlines of all others.
+                    _LOGGER.exception("the deadline of %r failed", item)
         if self._due:
             self._timer = self._call_later(0, self._tick)
         elif self._slots:

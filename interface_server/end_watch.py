@@ -11,15 +11,18 @@ Linux only. Elsewhere nothing is watched (``add`` does nothing), and such a clie
 from __future__ import annotations
 
 import fcntl
+import logging
 import select
 import sys
 import termios
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 __all__ = ["EndWatch", "EndWatchStatistics", "unread_bytes"]
+
+_LOGGER: Final = logging.getLogger("trunkline.interface")
 
 
 class _Reactor(Protocol):
@@ -81,7 +84,11 @@ class EndWatch:
             ended = self._watched.get(descriptor)
             if ended is not None:
                 self._reported_count += 1
-                ended(bool(events & (select.EPOLLERR | select.EPOLLHUP)))
+                try:
+                    ended(bool(events & (select.EPOLLERR | select.EPOLLHUP)))
+                except Exception:
+                    # Twisted would remove the watch of all sockets.
+                    _LOGGER.exception("the end of a socket could not be told")
 
     def connectionLost(self, reason: Any) -> None:
         """The reactor stops; ``close`` does what is to be done."""

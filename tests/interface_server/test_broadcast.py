@@ -57,6 +57,7 @@ class Receiver:
         self.on_flush = None
         self.unsent = held
         self.is_dropped = False
+        self.has_failed = False
         self.memory = None
 
     def __repr__(self):
@@ -77,6 +78,9 @@ class Receiver:
 
     def unsent_bytes(self):
         return self.unsent
+
+    def failed(self):
+        self.has_failed = True
 
     def drop_slow_client(self):
         self.is_dropped = True
@@ -155,6 +159,19 @@ def test_a_slice_ends_when_its_time_is_over():
     while loop.calls:
         loop.turn()
     assert sum(receiver.flush_count for receiver in receivers) == 100
+
+
+def test_one_that_fails_keeps_nobody_waiting(caplog):
+    loop = Loop()
+    fan_out = loop.build(slice_connections=2)
+    receivers = [Receiver(str(number)) for number in range(5)]
+    receivers[1].on_flush = lambda: 1 / 0
+    fan_out.deliver(message(), receivers)
+    while loop.calls:
+        loop.turn()
+    assert all(receiver.flush_count == 1 for receiver in receivers)
+    assert [receiver.has_failed for receiver in receivers] == [False, True, False, False, False]
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_what_comes_between_slices_stands_behind():

@@ -759,6 +759,29 @@ async def test_a_client_that_fails_ends_only_its_own_connection(bench, caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+async def test_a_client_that_fails_keeps_nobody_from_hearing_of_a_dead_worker(bench, caplog):
+    clients = [await bench.owned() for _ in range(3)]
+    for client in clients:
+        client.refused = lambda refusal: 1 / 0
+    bench.connections.peer_ended(WORKER, "it died")
+    assert caplog.text.count("ZeroDivisionError") >= 3
+    assert bench.connections.open_count == 0
+    check_books(bench)
+
+
+async def test_a_client_that_fails_keeps_nobody_from_a_broadcast(bench, caplog):
+    broken, fine = await bench.accepted(), await bench.accepted()
+    broken.send_broadcast = lambda broadcast: 1 / 0
+    bench.group_send(text("one"), broken, fine)
+    await turn()
+    bench.group_send(text("two"), broken, fine)
+    await turn()
+    assert broken.log == [Refusal.PROTOCOL]
+    assert fine.log == [b"one", b"two"]
+    assert "ZeroDivisionError" in caplog.text
+    check_books(bench)
+
+
 # Events to the application
 
 
@@ -884,6 +907,38 @@ async def test_finished(bench, event):
     assert bench.connections.open_count == 0
     bench.frame(build_end(1, 1, Outcome.RETURNED))
     assert client.log == []
+
+
+@pytest.mark.parametrize("how", ["event", "shared event", "group"])
+async def test_only_an_instance_that_did_not_complete_its_response_is_told_of_its_end(bench, how):
+    client = await bench.owned("http")
+    client.connection.accept_broadcasts()
+    last = {"type": "http.response.body", "body": b"", "more_body": False}
+
+    def finish(event):
+        if event["more_body"] is False:
+            client.connection.finished({"type": "http.disconnect"})
+
+    client.on_event = finish
+    bench.frame(build_event(1, 1, encode_event({**last, "more_body": True})))
+    if how == "event":
+        bench.frame(build_event(1, 1, encode_event(last)))
+    elif how == "shared event":
+        bench.frame(build_events([[1, 1]], encode_event(last)))
+    else:
+        bench.group_send(last, client)
+    await turn()
+    assert client.connection.state is State.LEAVING
+    assert [frame[0] for _, frame in bench.take_sent()] == ([FrameKind.LAST] if how == "group" else [])
+
+
+async def test_an_instance_that_is_told_behind_its_events_need_not_send_for_ever(bench):
+    """A group ended the response; the instance does not receive what the client sent, and streams on."""
+    client = await bench.owned("http")
+    for _ in range(9):
+        client.connection.send_event({"type": "http.request", "body": b"x" * 32_000, "more_body": True})
+    client.connection.finished({"type": "http.disconnect"})
+    assert [frame[0] for _, frame in bench.take_sent()][-1] == FrameKind.GONE
 
 
 async def test_an_instance_that_sends_on_after_the_client_left_is_not_left_waiting(bench):

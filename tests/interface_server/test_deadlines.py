@@ -48,6 +48,21 @@ class Item:
         self.then(self)
 
 
+def test_one_that_fails_does_not_stop_the_others(caplog):
+    world = World()
+
+    def fail(item):
+        raise RuntimeError("a fault of ours")
+
+    world.deadlines.arm(world.item("a", then=fail), 1)
+    world.deadlines.arm(world.item("b"), 1)
+    world.deadlines.arm(world.item("c"), 2)
+    world.advance(3)
+    assert sorted(name for name, _ in world.reached) == ["a", "b", "c"]
+    assert "a fault of ours" in caplog.text
+    assert world.deadlines.statistics().armed_count == 0
+
+
 @pytest.mark.parametrize("delay_s", [0, 0.1, 0.5, 0.7, 1, 20, 86_400])
 def test_a_deadline_is_never_early_and_late_by_a_tick_at_most(delay_s):
     for offset in (0.0, 0.1, 0.49):

@@ -51,6 +51,25 @@ async def test_the_end_of_the_clients_side_is_told_once(
     assert repr(watch) == "<EndWatch 1 sockets>"
 
 
+async def test_a_socket_whose_end_cannot_be_told_does_not_end_the_watch(
+    watch: EndWatch, pair: tuple[socket.socket, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, client = pair
+    told: asyncio.Queue[bool] = asyncio.Queue()
+
+    def fail(is_reset: bool) -> None:
+        told.put_nowait(is_reset)
+        raise RuntimeError("a fault of ours")
+
+    watch.add(ours.fileno(), fail)
+    client.shutdown(socket.SHUT_WR)
+    assert await told.get() is False
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    assert await told.get() is True
+    assert "a fault of ours" in caplog.text
+
+
 async def test_a_discarded_socket_is_not_told(watch: EndWatch, pair: tuple[socket.socket, socket.socket]) -> None:
     ours, client = pair
     told: list[bool] = []
