@@ -17,7 +17,7 @@ unread in the reader, 64 KiB at most; then the socket is not read.
 the same, by end_watch.py. A client that ends its sending side behind a complete request still gets its answer
 (RFC 9112 section 9.6 knows such half-closed connections; ``printf … | nc`` is one); a reset, at any time, is a
 disconnect. A client that closes its socket and one that only stops sending look the same until something is written:
-the first write to a closed one brings a reset. Where nothing is written for 30 s, it counts as gone.
+the first write to a closed one brings a reset. Where nothing is written for 5 s, it counts as gone.
 
 **Closing.** To close a socket with unread bytes resets it, and the reset can overtake the answer. So where the client
 may still be sending, we end our side only (LINGER), drop what comes, and close when the client has ended its side, at
@@ -71,8 +71,9 @@ _LINGER_TIMEOUT_S: Final = 5.0
 # many of these as it needs.
 _FLUSH_TIMEOUT_S: Final = 30.0
 # A client that has ended its sending side behind its request: the longest time without a word from the application;
-# then it counts as gone. (It may be waiting still; but most clients that look like this have closed their socket.)
-_HALF_CLOSED_TIMEOUT_S: Final = 30.0
+# then it counts as gone. It may be waiting still, but most that look like this have closed their socket: each closed
+# tab of a page that polls would keep an instance waiting so long. Other servers do not wait for them at all.
+_HALF_CLOSED_TIMEOUT_S: Final = 5.0
 
 _NO_BODY: Final = {"type": "http.request", "body": b"", "more_body": False}
 _DISCONNECT: Final = {"type": "http.disconnect"}
@@ -248,7 +249,7 @@ class Http1Protocol(Protocol):
             self._advance()
             if self.phase is Phase.EXCHANGE:
                 self._watch_end()
-                self.factory.deadlines.arm(self, _HALF_CLOSED_TIMEOUT_S)
+                self._await_application()
 
     def writeConnectionLost(self) -> None:
         """Our side is ended, as ``_linger`` wanted: everything is written. Now the client's end is awaited."""
@@ -339,7 +340,7 @@ class Http1Protocol(Protocol):
 
     def write(self, data: Sequence[bytes]) -> None:
         if self._read_ended:
-            self.factory.deadlines.arm(self, _HALF_CLOSED_TIMEOUT_S)
+            self._await_application()
         if len(data) == 1:
             self.transport.write(data[0])
         else:
@@ -358,6 +359,9 @@ class Http1Protocol(Protocol):
         if is_full:
             self._update_reading()
         else:
+    def body_awaited(self) -> None:
+        self._advance()
+
             self._advance()
 
     def count_dropped(self, count: int) -> None:
@@ -370,6 +374,7 @@ class Http1Protocol(Protocol):
         if end is End.RESET:
             self.abort()
         elif end is End.KEEP and not self.factory.is_stopping:
+            self.factory.deadlines.disarm(self)
             self.phase = Phase.HEAD if self._reader.body_is_complete else Phase.DRAIN
             self._dropped_bytes = 0
             self._advance()
@@ -413,6 +418,7 @@ class Http1Protocol(Protocol):
         else:
             self._dropped_bytes += len(event.data)
             if self._dropped_bytes > _DRAIN_BYTES_MAX:
+                self.factory.deadlines.disarm(self)
                 self._finish()
             elif event.is_last:
                 self.phase = Phase.HEAD
@@ -438,14 +444,24 @@ class Http1Protocol(Protocol):
             elif not self._is_first and not self._waits_for_head:
                 factory.deadlines.arm(self, settings.keep_alive_timeout_s)
         elif phase is Phase.DRAIN:
-            factory.deadlines.arm(self, settings.header_timeout_s)
+            if self.deadline_tick is None:  # once for all of it, as for a head
+                factory.deadlines.arm(self, settings.header_timeout_s)
         elif settings.body_timeout_s > 0:
-            factory.deadlines.arm(self, settings.body_timeout_s)
+            assert self._client is not None
+            if not self._client.exchange.owes_continue:  # a client that waits for us is not late
+                factory.deadlines.arm(self, settings.body_timeout_s)
+
+    def _await_application(self) -> None:
+        """The client has no more to do; a deadline is set only if nobody knows whether it still waits."""
+        if self._read_ended:
+            self.factory.deadlines.arm(self, _HALF_CLOSED_TIMEOUT_S)
+        else:
+            self.factory.deadlines.disarm(self)
 
     def _begin(self, start: RequestStart) -> None:
         """A request has come; ask for an application."""
         factory = self.factory
-        factory.deadlines.disarm(self)
+        self._await_application()
         factory.request_count += 1
         self._is_first = self._waits_for_head = False
         head, reader = start.head, self._reader
@@ -499,7 +515,7 @@ class Http1Protocol(Protocol):
         exchange.apply_body_begun()
         if piece.is_last:
             exchange.request_is_complete = True
-            self.factory.deadlines.disarm(self)
+            self._await_application()
         client.connection.send_event({"type": "http.request", "body": piece.data, "more_body": not piece.is_last})
 
     def _upgrade(self, head: RequestHead, peer: Peer) -> None:

@@ -38,6 +38,9 @@ class HttpSocket(Protocol):
     def application_is_full(self, is_full: bool) -> None:
         """Relay no more of the body until it is False again."""
 
+    def body_awaited(self) -> None:
+        """The client has been asked for the body (100 Continue)."""
+
     def exchange_over(self, end: End) -> None:
         """This request is done with."""
 
@@ -97,7 +100,10 @@ class HttpClient:
             self._socket.count_dropped(1)
 
     def application_receiving(self) -> None:
-        self._carry_out(self.exchange.apply_receiving())
+        output = self.exchange.apply_receiving()
+        self._carry_out(output)
+        if output.data and self._socket is not None:
+            self._socket.body_awaited()
 
     def application_ended(self, outcome: Outcome) -> None:
         self._carry_out(self.exchange.apply_ended(outcome))

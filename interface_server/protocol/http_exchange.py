@@ -118,6 +118,11 @@ class HttpExchange:
         return self.phase >= Phase.STREAMING
 
     @property
+    def owes_continue(self) -> bool:
+        """True while the client waits for a 100, or a response, before it sends its body."""
+        return self._expects_continue
+
+    @property
     def takes_groups(self) -> bool:
         """True while ``http.response.body`` of a group means something: started, and without a length."""
         if self.phase is Phase.STARTED:

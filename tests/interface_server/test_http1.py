@@ -580,6 +580,17 @@ def test_a_client_that_sends_its_body_at_once_gets_no_100() -> None:
     assert not world.last.tell_receiving
 
 
+def test_a_client_that_waits_for_its_100_is_not_late() -> None:
+    world = World(body_timeout_s=10)
+    world.feed(EXPECTING)
+    world.advance(60)
+    assert world.calls == []
+    world.last.client.application_receiving()
+    assert world.take() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    world.advance(11)
+    assert world.take().startswith(b"HTTP/1.1 408 ")
+
+
 def test_a_final_answer_without_100_closes() -> None:
     world = World()
     world.feed(EXPECTING)
@@ -826,16 +837,40 @@ def test_a_half_closed_client_to_whom_nothing_is_said_counts_as_gone() -> None:
     world = World()
     world.feed(GET)
     world.protocol.readConnectionLost()
-    world.advance(29)
+    world.advance(4)
     world.last.respond(b"x", more=True)
-    world.advance(29)
+    world.advance(4)
     world.transport.dataBuffer = b"unread"
-    world.advance(29)
+    world.advance(4)
     world.transport.dataBuffer = b""
     assert world.last.calls == []
-    world.advance(31)
+    world.advance(6)
     assert world.last.calls == ["gone"]
     assert world.calls == ["abort"]
+
+
+def test_a_half_closed_client_counts_as_gone_at_its_second_request_too() -> None:
+    world = World()
+    world.feed(GET + GET)
+    world.protocol.readConnectionLost()
+    world.last.respond()
+    assert len(world.connections.opened) == 2
+    world.advance(6)
+    assert world.last.calls == ["gone"]
+    assert world.calls == ["abort"]
+
+
+def test_a_half_closed_client_counts_as_gone_although_its_body_was_read_late() -> None:
+    world = World()
+    world.feed(post(5))
+    world.last.client.pause_reading()
+    world.feed(b"hello")
+    world.protocol.readConnectionLost()
+    world.advance(4)
+    world.last.client.resume_reading()
+    assert world.last.is_complete
+    world.advance(6)
+    assert world.last.calls == ["gone"]
 
 
 # Timeouts
@@ -918,6 +953,27 @@ def test_a_rest_of_a_body_that_stalls() -> None:
     world.feed(post(5))
     world.last.respond()
     world.advance(11)
+    assert world.calls == ["close"]
+
+
+def test_a_rest_of_a_body_that_drips() -> None:
+    world = World(header_timeout_s=10)
+    world.feed(post(100))
+    world.last.respond()
+    for _ in range(11):
+        assert world.calls == []
+        world.feed(b"x")
+        world.advance(1)
+    assert world.calls == ["close"]
+
+
+def test_a_rest_of_a_body_behind_the_stop_is_the_last_that_is_read() -> None:
+    world = World()
+    world.feed(post(5))
+    world.last.respond()
+    world.factory.stop()
+    assert world.calls == []
+    world.feed(b"hello")
     assert world.calls == ["close"]
 
 
