@@ -359,10 +359,10 @@ class Http1Protocol(Protocol):
         if is_full:
             self._update_reading()
         else:
+            self._advance()
+
     def body_awaited(self) -> None:
         self._advance()
-
-            self._advance()
 
     def count_dropped(self, count: int) -> None:
         self.factory.dropped_count += count
@@ -374,9 +374,9 @@ class Http1Protocol(Protocol):
         if end is End.RESET:
             self.abort()
         elif end is End.KEEP and not self.factory.is_stopping:
-            self.factory.deadlines.disarm(self)
             self.phase = Phase.HEAD if self._reader.body_is_complete else Phase.DRAIN
             self._dropped_bytes = 0
+            self.factory.deadlines.disarm(self)
             self._advance()
         else:
             self._finish()
@@ -418,10 +418,12 @@ class Http1Protocol(Protocol):
         else:
             self._dropped_bytes += len(event.data)
             if self._dropped_bytes > _DRAIN_BYTES_MAX:
-                self.factory.deadlines.disarm(self)
                 self._finish()
             elif event.is_last:
+                self.factory.deadlines.disarm(self)
                 self.phase = Phase.HEAD
+                if self.factory.is_stopping:
+                    self._close()
         return True
 
     def _wait(self) -> None:

@@ -56,11 +56,11 @@ _LOGGER: Final = logging.getLogger("trunkline.interface")
 
 # What a client may say before the handshake is answered; beyond it the socket is not read until then.
 _EARLY_BYTES_MAX: Final = 16 * 1024
+
 # What a client may send when its application has been told of the end. Many libraries finish the message they are
 # sending before they read our Close (1009 for one that is too large, say), so this is more than most messages, and
 # is only dropped. Beyond it the socket is not read: TCP stops the client until the close timeout.
 _DISCARDED_BYTES_MAX: Final = 64 * 1024 * 1024
-
 
 # A client that goes on reading what is left for it may take so many close timeouts in all; then it is cut off.
 _CLOSE_TIMEOUTS_MAX: Final = 12
@@ -136,12 +136,12 @@ class WebSocketClient:
     """One WebSocket. Implements ``client.Client``; never raises."""
 
     __slots__ = (
-        "_broker_away_s",
         "_application_is_full",
+        "_broker_away_s",
         "_buffered_bytes_before",
         "_close_timeouts_left",
-        "_discarded_bytes",
         "_connection",
+        "_discarded_bytes",
         "_early",
         "_heard_at",
         "_log_target",
@@ -171,12 +171,12 @@ class WebSocketClient:
         self._transport = transport  # ITCPTransport, or a TLS one
         # Not what peer says: a proxy may have ended the client's TLS.
         self._uses_tls = ISSLTransport.providedBy(transport)
-        self._discarded_bytes = 0  # what came since the application was told of the end
-        self._broker_away_s = shared.connections.broker_away_s()  # in all, when the deadline of the handshake was set
         self.deadline_tick: int | None = None  # of Deadlines
         self._session: WebSocketSession | None = None  # None: the handshake was faulty, nobody was asked
         self._connection: Connection | None = None  # until the application has been told of the end
         self._reader: FrameReader | None = None  # in OPEN and CLOSING
+        self._discarded_bytes = 0  # what came since the application was told of the end
+        self._broker_away_s = shared.connections.broker_away_s()  # in all, when the deadline of the handshake was set
         self._early = b""  # what came before the handshake was answered; bounded, see data_received
         self._application_is_full = False  # its window is used up
         self._reading_paused = False  # the transport is told not to read
@@ -233,12 +233,12 @@ class WebSocketClient:
 
     # Called by Twisted, by way of http1.py
 
-        if self._connection is None:
-            self._discard(data)
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._shared.deadlines.clock()
         self._ping_sent_at = None
         reader = self._reader
+        if self._connection is None:
+            self._discard(data)
         if reader is not None:
             self._feed(reader, data)
         elif self.state is State.CONNECTING:
@@ -341,12 +341,6 @@ class WebSocketClient:
         self._carry_out(self._session.close_frame(payload))
 
     def _fault_found(self, code: int, reason: str) -> None:
-        if self.state is State.CONNECTING:
-            # While the broker is away no application can answer: that time does not count.
-            before, self._broker_away_s = self._broker_away_s, self._shared.connections.broker_away_s()
-            if self._broker_away_s > before:
-                self._shared.deadlines.arm(self, self._broker_away_s - before)
-                return
         assert self._session is not None
         self._carry_out(self._session.fault(code, reason))
 
@@ -356,6 +350,12 @@ class WebSocketClient:
         if self.state is State.OPEN:
             self._keep_alive()
             return
+        if self.state is State.CONNECTING:
+            # While the broker is away no application can answer: that time does not count.
+            before, self._broker_away_s = self._broker_away_s, self._shared.connections.broker_away_s()
+            if self._broker_away_s > before:
+                self._shared.deadlines.arm(self, self._broker_away_s - before)
+                return
         if self.state is not State.CONNECTING and self._close_timeouts_left > 0 and self._client_reads():
             self._close_timeouts_left -= 1
             self._arm_close()
