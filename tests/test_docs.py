@@ -1,0 +1,190 @@
+"""What the documents name exists: files, flags, variables, tests, defaults, links; and their code is code.
+
+Nobody notices when a document goes stale, so these tests do. They know how the documents write: paths, flags and
+names of the source stand in backquotes, code in fenced blocks.
+"""
+
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from interface_server.settings import InterfaceSettings
+from trunkline.options import OPTIONS
+from worker.settings import WorkerSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("channel_layer", "interface_server", "worker", "trunkline")
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+TOP = {path.name for path in ROOT.iterdir()}
+SOURCE = "".join(
+    path.read_text("utf-8")
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*"))
+    if path.suffix in (".py", ".lua")
+) + (ROOT / "docker-compose.yml").read_text("utf-8")
+FLAGS = {f"--{option.flag}" for option in OPTIONS} | {
+    f"--no-{option.flag}" for option in OPTIONS if option.convert is None
+}
+VARIABLES = {option.environment_variable for option in OPTIONS} | {"TRUNKLINE_APP"}
+# Flags of other programs that the documents name, in their columns and commands.
+FOREIGN_FLAGS = {
+    *("--access-log", "--application-close-timeout", "--bind", "--http-timeout", "--no-server-name"),
+    *("--ping-interval", "--ping-timeout", "--unix-socket", "--websocket-max-message-size"),
+    *("--websocket_connect_timeout", "--websocket_timeout"),  # Daphne
+    *("--build", "--profile", "--scale", "--detach"),  # docker compose
+    "--help",
+    "--no-cache-dir",  # pip
+    "--uvloop",  # benchmarks
+    "--no",  # … and the name of a switch
+}
+
+FLAG = re.compile(r"(?<![\w\-])--[a-z](?:[a-z_-]*[a-z])?")
+
+PARAMETERS = pytest.mark.parametrize("document", DOCUMENTS, ids=NAMES)
+
+
+def fenced(text):
+    """(language, content, line number) of each fenced block."""
+    blocks = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(match[1], match[2], text[: match.start()].count("\n") + 1) for match in blocks]
+
+
+def quoted(text):
+    """What stands in backquotes, outside of fenced blocks."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", prose)]
+
+
+def slug(heading):
+    """The anchor that GitHub makes of a heading."""
+    plain = re.sub(r"[`*_]|\[([^\]]*)\]\([^)]*\)", r"\1", heading.strip().lower())
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+@PARAMETERS
+def test_every_path_exists(document):
+    text = document.read_text("utf-8")
+    for name in quoted(text):
+        path = name.partition("::")[0].rstrip("/")
+        if re.fullmatch(r"[\w.\-]+(/[\w.\-]+)+", path) and path.partition("/")[0] in TOP:
+            assert (ROOT / path).exists(), f"{document.name} names {name}"
+
+
+@PARAMETERS
+def test_every_test_exists(document):
+    for name in quoted(document.read_text("utf-8")):
+        path, mark, test = name.partition("::")
+        if mark:
+            assert f"def {test}(" in (ROOT / path).read_text("utf-8"), f"{document.name} names {name}"
+
+
+@PARAMETERS
+def test_every_flag_exists(document):
+    text = document.read_text("utf-8")
+    # Not the drawings, blocks without a language: "--accept-->" is an arrow.
+    places = [*quoted(text), *(code for language, code, _ in fenced(text) if language)]
+    for flag in FLAG.findall("\n".join(places)):
+        assert flag in FLAGS | FOREIGN_FLAGS, f"{document.name} names {flag}"
+    # In our own commands nothing foreign may stand.
+    for command in re.findall(r"trunkline (?:serve|interface|worker)\b[^\n`]*", text):
+        for flag in FLAG.findall(command):
+            assert flag in FLAGS | {"--help"}, f"{document.name}: {command}"
+
+
+@PARAMETERS
+def test_every_variable_exists(document):
+    for name in re.findall(r"\bTRUNKLINE_[A-Z_]*[A-Z]\b", document.read_text("utf-8")):
+        assert name in VARIABLES or f'"{name}"' in SOURCE, f"{document.name} names {name}"
+
+
+@PARAMETERS
+def test_every_constant_exists(document):
+    """CAPITALS_WITH_UNDERSCORES and settings in backquotes are names of the source."""
+    for name in quoted(document.read_text("utf-8")):
+        is_constant = re.fullmatch(r"_?[A-Z]+(_[A-Z0-9]+)+", name) and not name.startswith("TRUNKLINE_")
+        is_setting = re.fullmatch(r"[a-z_]+_(s|bytes|bytes_max|max|ms)", name)
+        if (is_constant and name != "CHANNEL_LAYERS" and name != "ASGI_THREADS") or is_setting:
+            assert re.search(rf"\b{name}\b", SOURCE), f"{document.name} names {name}"
+
+
+@PARAMETERS
+def test_every_python_block_compiles(document):
+    for language, code, line in fenced(document.read_text("utf-8")):
+        if language == "python":
+            compile("\n" * line + code, str(document), "exec")
+
+
+@PARAMETERS
+def test_every_link_resolves(document):
+    text = re.sub(r"^```.*?^```$", "", document.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (document.parent / path).resolve() if path else document
+        assert there.exists(), f"{document.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text("utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{document.name} links to {target}"
+
+
+def test_every_document_can_be_reached_from_the_readme():
+    seen, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        document = waiting.pop()
+        if document in seen:
+            continue
+        seen.add(document)
+        if document.is_dir():
+            waiting += sorted(document.glob("*.md"))
+        elif document.suffix == ".md":
+            for target in re.findall(r"\]\(([^)#\s]+)", document.read_text("utf-8")):
+                if not re.match(r"[a-z]+:", target):
+                    waiting.append((document.parent / target).resolve())
+    assert set(DOCUMENTS) <= seen
+
+
+README = (ROOT / "README.md").read_text("utf-8")
+ROWS = {match[1]: match for match in re.finditer(r"^\| `--([\w-]+)` \| ([^|]*) \| ([^|]*) \|", README, re.MULTILINE)}
+DEFAULTS = {
+    field.name: field.default for settings in (InterfaceSettings, WorkerSettings) for field in fields(settings)
+}
+
+
+def test_the_readme_has_every_flag():
+    assert list(ROWS) == [option.flag for option in OPTIONS]
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.flag)
+def test_the_readme_knows_who_has_a_flag(option):
+    letters = {"S A": ("serve", "interface", "worker"), "S": ("serve", "interface"), "A": ("serve", "worker")}
+    assert letters.get(ROWS[option.flag][3].strip(), ("serve",)) == option.commands
+
+
+@pytest.mark.parametrize(
+    "option",
+    [option for option in OPTIONS if DEFAULTS.get(option.setting, MISSING) not in (MISSING, None, (), "")],
+    ids=lambda option: option.flag,
+)
+def test_the_readme_knows_the_default(option):
+    default = DEFAULTS[option.setting]
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    elif option.flag == "limit-concurrency":
+        assert default == 0
+        shown = "no limit"
+    else:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    assert ROWS[option.flag][2].strip() == shown
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_readme_s_map_has_every_file(package):
+    mapped = set(quoted(README))
+    for path in (ROOT / package).rglob("*.py"):
+        name = str(path.relative_to(ROOT))
+        if path.stem not in ("__init__", "__main__"):
+            assert name in mapped, f"{name} is not in the map"
