@@ -29,12 +29,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.interfaces import IHalfCloseableProtocol, IPushProducer, ISSLTransport
+from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IPushProducer, ISSLTransport
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
@@ -54,6 +54,7 @@ from interface_server.protocol.scope import build_http_scope
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.protocol.websocket_handshake import is_websocket_upgrade
 from interface_server.settings import InterfaceSettings
+from interface_server.transports import buffered_bytes, socket_descriptor
 from interface_server.websocket import WebSocketClient, WebSockets
 
 __all__ = ["Http1Factory", "Http1Protocol", "Http1Statistics", "Phase"]
@@ -170,7 +171,7 @@ class Http1Factory(Factory):
         return Http1Protocol(self)
 
 
-@implementer(IHalfCloseableProtocol, IPushProducer)
+@implementer(IHalfCloseableProtocol, IHandshakeListener, IPushProducer)
 class Http1Protocol(Protocol):
     """One client socket."""
 
@@ -215,13 +216,15 @@ class Http1Protocol(Protocol):
         if self._peer.client is not None:
             # We write whole responses; Nagle would hold the last packet of a stream back for the client's ACK.
             transport.setTcpNoDelay(True)
-        handle = transport.getHandle()
-        if handle is not None:
-            self._descriptor = handle.fileno()
+        self._descriptor = socket_descriptor(transport)
         transport.registerProducer(self, True)
         factory.deadlines.arm(self, factory.settings.header_timeout_s)
         if factory.is_stopping:
             self._close()
+
+    def handshakeCompleted(self) -> None:
+        """Of TLS."""
+        self._peer = replace(self._peer, tls_extension=self.transport.describe_tls())
 
     def dataReceived(self, data: bytes) -> None:
         phase = self.phase
@@ -347,12 +350,7 @@ class Http1Protocol(Protocol):
             self.transport.writeSequence(data)
 
     def buffered_bytes(self) -> int:
-        """Bytes that the kernel has not taken. Twisted has no name for them; 0 where they cannot be counted."""
-        transport = self.transport
-        try:
-            return len(transport.dataBuffer) - int(transport.offset) + int(transport._tempDataLen)
-        except AttributeError:
-            return 0
+        return buffered_bytes(self.transport)
 
     def application_is_full(self, is_full: bool) -> None:
         self._application_is_full = is_full

@@ -37,13 +37,13 @@ def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
     return listening
 
 
-def describe(listening: socket.socket) -> str:
+def describe(listening: socket.socket, *, tls: bool = False) -> str:
     """The address in words: a URL, or the path of a unix socket."""
     address = listening.getsockname()
     if listening.family == socket.AF_UNIX:
         return f"unix:{address}"
     host = f"[{address[0]}]" if listening.family == socket.AF_INET6 else address[0]
-    return f"http://{host}:{address[1]}"
+    return f"{'https' if tls else 'http'}://{host}:{address[1]}"
 
 
 def _open(settings: InterfaceSettings) -> socket.socket:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName
 from channel_layer.process_layer import RedisProcessLayer
@@ -29,6 +29,9 @@ from interface_server.access_log import AccessLog
 from interface_server.connections import Connections, ConnectionsStatistics
 from interface_server.listening import describe, open_listening_socket
 from interface_server.settings import InterfaceSettings
+
+if TYPE_CHECKING:
+    from interface_server.tls import TlsContext
 
 __all__ = ["InterfaceServer", "InterfaceServerStatistics", "run"]
 
@@ -71,15 +74,16 @@ async def _serve(settings: InterfaceSettings, reactor: Any) -> int:
     loop = asyncio.get_running_loop()
     stop, at_once = asyncio.Event(), asyncio.Event()
     _install_signal_handlers(loop, stop, at_once)
+    tls = _load_tls(settings, loop)
     # Before the broker is asked: a port that is taken is the likelier mistake.
     listening = open_listening_socket(settings)
     try:
-        server = InterfaceServer(settings, layer=_build_layer(settings), loop=loop, reactor=reactor)
+        server = InterfaceServer(settings, layer=_build_layer(settings), loop=loop, reactor=reactor, tls=tls)
         await server.start(listening)
     except BaseException:
         listening.close()
         raise
-    _announce_ready(describe(listening))
+    _announce_ready(describe(listening, tls=tls is not None))
     listening.close()  # the server has a copy
     # What exists now stays: no need to look through it at every collection.
     gc.collect()
@@ -114,6 +118,30 @@ def _install_signal_handlers(loop: asyncio.AbstractEventLoop, stop: asyncio.Even
             loop.add_signal_handler(number, received)
 
 
+def _load_tls(settings: InterfaceSettings, loop: asyncio.AbstractEventLoop) -> TlsContext | None:
+    """Return the certificate to serve with, if there is one; SIGHUP reads it again from then on."""
+    if settings.ssl_certfile is None:
+        return None
+    from interface_server.tls import TlsContext, TlsSettingsError
+
+    try:
+        context = TlsContext(settings, alpn=(b"http/1.1",))
+    except TlsSettingsError as error:
+        raise _WrongInput(str(error)) from error
+
+    def reload() -> None:
+        try:
+            context.reload()
+        except TlsSettingsError as error:
+            _LOGGER.error("the certificate stays as it was: %s", error)
+        else:
+            _LOGGER.info("read the certificate %s again", settings.ssl_certfile)
+
+    if threading.current_thread() is threading.main_thread():
+        loop.add_signal_handler(signal.SIGHUP, reload)
+    return context
+
+
 def _announce_ready(address: str) -> None:
     """Tell the supervisor, which waits on a pipe."""
     descriptor = os.environ.pop(READY_VARIABLE, "")
@@ -139,6 +167,7 @@ class InterfaceServer:
         layer: RedisProcessLayer,
         loop: asyncio.AbstractEventLoop,
         reactor: Any,
+        tls: TlsContext | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         # Here, because these import parts of Twisted that must not be imported before the reactor is installed.
@@ -152,6 +181,7 @@ class InterfaceServer:
         self._layer = layer
         self._loop = loop
         self._reactor = reactor
+        self._tls = tls  # None: plain sockets
         self._port: Any = None  # Twisted's listening port, while we listen
         self._access_log = AccessLog(wanted=settings.access_log)
         self._deadlines = Deadlines(call_later=loop.call_later, clock=loop.time)
@@ -195,8 +225,14 @@ class InterfaceServer:
         Raises BrokerUnavailable, BrokerUnsuitable.
         """
         await self._layer.start(self.connections, self.connections.deliver)
-        self._port = self._reactor.adoptStreamPort(listening.fileno(), listening.family, self._http1)
-        _LOGGER.info("interface server %s accepts on %s", self._layer.process_id, describe(listening))
+        factory: Any = self._http1
+        if self._tls is not None:
+            from interface_server.tls import wrap_factory
+
+            factory = wrap_factory(factory, self._tls, self._reactor)
+        self._port = self._reactor.adoptStreamPort(listening.fileno(), listening.family, factory)
+        where = describe(listening, tls=self._tls is not None)
+        _LOGGER.info("interface server %s accepts on %s", self._layer.process_id, where)
 
     async def stop(self, at_once: asyncio.Event) -> None:
         """Serve nothing new, let requests finish, close the rest, leave. ``at_once`` ends the waiting."""

@@ -36,6 +36,15 @@ class InterfaceSettings:
     # the client's kernel (somaxconn caps it).
     backlog: int = 2048
 
+    # TLS: spoken on the listening socket when there is a certificate. SIGHUP reads the files again.
+    ssl_certfile: str | None = None  # PEM: the server's certificate, then those between it and the root
+    ssl_keyfile: str | None = None  # PEM; None: the key is in the certificate's file
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None  # PEM: who signs clients' certificates
+    ssl_cert_reqs: str = "none"  # client certificates: none, optional, required; one that is not valid: no connection
+    ssl_ciphers: str | None = None  # OpenSSL's list for TLS 1.2; None: those with forward secrecy and AEAD
+    ssl_min_version: str = "tlsv1.2"  # or tlsv1.3
+
     # What applications see.
     root_path: str = ""
     proxy_headers: bool = True  # believe X-Forwarded-For and -Proto of the peers in forwarded_allow_ips
@@ -69,7 +78,7 @@ class InterfaceSettings:
 
     # Flow control, per connection.
     # Bytes of events on their way to the application; used up: the socket is not read. Also what the application
-    # may have on its way to us.
+    # may have on its way to us. The worker is told with the opening.
     window_bytes: int = 256 * 1024
     # Broadcasts that wait for a client which does not read; beyond: close 1013.
     client_buffer_bytes_max: int = 1024 * 1024
@@ -110,6 +119,16 @@ class InterfaceSettings:
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        if self.ssl_certfile is None and any((self.ssl_keyfile, self.ssl_ca_certs, self.ssl_ciphers)):
+            raise ValueError("a key, CA certificates or ciphers are given, but no certificate (ssl_certfile)")
+        if self.ssl_cert_reqs not in ("none", "optional", "required"):
+            raise ValueError(f"ssl_cert_reqs is {self.ssl_cert_reqs!r}, must be none, optional or required")
+        if (self.ssl_cert_reqs != "none") is (self.ssl_ca_certs is None):
+            raise ValueError(
+                "ssl_ca_certs is to be given if, and only if, ssl_cert_reqs asks for client certificates"
+            )
+        if self.ssl_min_version not in ("tlsv1.2", "tlsv1.3"):
+            raise ValueError(f"ssl_min_version is {self.ssl_min_version!r}, must be tlsv1.2 or tlsv1.3")
         # Below two pieces (64 KiB each) a transfer would wait for a round trip after every piece.
         if self.window_bytes < 128 * 1024:
             raise ValueError(f"window_bytes is {self.window_bytes}, must be at least {128 * 1024}")

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from random import random
 from typing import TYPE_CHECKING, Any, Final
 
-from twisted.internet.interfaces import ISSLTransport
-
 from channel_layer.frames import Outcome
 from interface_server.client import Connection, Refusal
 from interface_server.frame_reader import FrameReader
@@ -41,6 +39,7 @@ from interface_server.protocol.websocket_session import (
     WebSocketSession,
     Write,
 )
+from interface_server.transports import buffered_bytes
 
 if TYPE_CHECKING:
     from interface_server.access_log import AccessLog
@@ -153,7 +152,6 @@ class WebSocketClient:
         "_shared",
         "_since",
         "_transport",
-        "_uses_tls",
         "_writing_paused",
         "deadline_tick",
     )
@@ -169,8 +167,6 @@ class WebSocketClient:
         now = shared.deadlines.clock()
         self._shared = shared
         self._transport = transport  # ITCPTransport, or a TLS one
-        # Not what peer says: a proxy may have ended the client's TLS.
-        self._uses_tls = ISSLTransport.providedBy(transport)
         self.deadline_tick: int | None = None  # of Deadlines
         self._session: WebSocketSession | None = None  # None: the handshake was faulty, nobody was asked
         self._connection: Connection | None = None  # until the application has been told of the end
@@ -314,12 +310,7 @@ class WebSocketClient:
             self._resume_transport()
 
     def buffered_bytes(self) -> int:
-        # A TLS transport has its socket's transport below it; what it holds itself is a few records at most.
-        transport = getattr(self._transport, "transport", self._transport)
-        try:
-            return int(len(transport.dataBuffer) - transport.offset + transport._tempDataLen)
-        except AttributeError:
-            return 0  # not one of Twisted's own: then only its pausing bounds it
+        return buffered_bytes(self._transport)
 
     # Called by FrameReader
 
@@ -511,9 +502,8 @@ class WebSocketClient:
         transport = self._transport
         # A transport closes only behind its producer.
         transport.unregisterProducer()
-        if linger and not self._uses_tls:
-            # Ends our side behind what is written; the client's end closes the socket, or the deadline does. TLS
-            # has an end of its own (close_notify), which loseConnection waits for.
+        if linger:
+            # Ends our side behind what is written; the client's end closes the socket, or the deadline does.
             transport.loseWriteConnection()
         else:
             transport.loseConnection()

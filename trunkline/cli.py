@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trunkline.broker import EmbeddedBroker, find_server
 from trunkline.lifeline import hold_lifeline
 from trunkline.logs import configure_logging
-from trunkline.options import OPTIONS, UsageError, build_parser, load_env_file, parse, render_flags
+from trunkline.options import OPTIONS, UsageError, build_parser, load_env_file, parse, render_flags, render_secrets
 from trunkline.reload import SourceWatch
 from trunkline.supervisor import ProcessSpec, Role, Supervisor
 
@@ -157,7 +157,9 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
 
         def announce() -> None:
             what = options.app if options.command != "interface" else "sockets"
-            where = f" on {describe(listening)}" if listening is not None else ""
+            where = (
+                f" on {describe(listening, tls=options.ssl_certfile is not None)}" if listening is not None else ""
+            )
             logger.info("Trunkline %s serves %s%s (Ctrl-C to quit)", version, what, where)
             logger.info("broker: %s%s", "embedded, " if broker is not None else "", _without_password(options.redis))
             logger.info("%s", "; ".join(_summary(supervisor)))
@@ -180,7 +182,14 @@ def _process_specs(options: argparse.Namespace, listening: socket.socket | None)
         flags = render_flags(options, "interface", skip=("host", "port", "uds", "fd", "reuse_port", "backlog"))
         command = [*python, "interface", f"--fd={listening.fileno()}", "--interfaces=1", *flags]
         specs += [
-            ProcessSpec(role=Role.INTERFACE, number=n, command=command, pass_fds=(listening.fileno(),))
+            ProcessSpec(
+                role=Role.INTERFACE,
+                number=n,
+                command=command,
+                environment=render_secrets(options, "interface"),
+                pass_fds=(listening.fileno(),),
+                takes_hangup=options.ssl_certfile is not None,
+            )
             for n in range(1, (options.interfaces or 1) + 1)
         ]
     if options.command in ("serve", "worker"):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-__all__ = ["OPTIONS", "Option", "UsageError", "build_parser", "parse", "render_flags"]
+__all__ = ["OPTIONS", "Option", "UsageError", "build_parser", "parse", "render_flags", "render_secrets"]
 
 Command = str
 SERVE: Final = "serve"
@@ -45,6 +45,7 @@ class Option:
     repeat: bool = False
     field: str | None = None  # field of the settings class, where its name differs from the flag's
     for_supervisor: bool = False  # not handed on to the processes it starts
+    secret: bool = False  # handed on in the environment: everybody may read a command line
 
     @property
     def name(self) -> str:
@@ -97,6 +98,10 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return convert
 
 
+def _certificate_demand(text: str) -> str:
+    return _one_of("none", "optional", "required")({"0": "none", "1": "optional", "2": "required"}.get(text, text))
+
+
 def _header(text: str) -> tuple[bytes, bytes]:
     name, colon, value = text.partition(":")
     if not colon or not name.strip() or any(c in text for c in "\r\n\0"):
@@ -143,6 +148,54 @@ OPTIONS: Final[tuple[Option, ...]] = (
         help="bind with SO_REUSEPORT, to share the port with other commands",
     ),
     Option(flag="backlog", commands=SOCKETS, convert=_integer(1), help="connections the kernel may hold (2048)"),
+    Option(
+        flag="ssl-certfile",
+        commands=SOCKETS,
+        convert=_existing_file,
+        metavar="FILE",
+        help="speak TLS with this certificate (PEM, with those between it and the root); SIGHUP reads it again",
+    ),
+    Option(
+        flag="ssl-keyfile",
+        commands=SOCKETS,
+        convert=_existing_file,
+        metavar="FILE",
+        help="private key of the certificate (PEM), if it is not in the same file",
+    ),
+    Option(
+        flag="ssl-keyfile-password",
+        commands=SOCKETS,
+        metavar="TEXT",
+        secret=True,
+        help="password of the private key; better given as TRUNKLINE_SSL_KEYFILE_PASSWORD",
+    ),
+    Option(
+        flag="ssl-ca-certs",
+        commands=SOCKETS,
+        convert=_existing_file,
+        metavar="FILE",
+        help="certificates (PEM) of those who sign clients' certificates",
+    ),
+    Option(
+        flag="ssl-cert-reqs",
+        commands=SOCKETS,
+        convert=_certificate_demand,
+        metavar="WHEN",
+        help="client certificates: none, optional or required, as words or as 0, 1, 2 (none)",
+    ),
+    Option(
+        flag="ssl-ciphers",
+        commands=SOCKETS,
+        metavar="LIST",
+        help="ciphers of TLS 1.2, in OpenSSL's words (those with forward secrecy and AEAD)",
+    ),
+    Option(
+        flag="ssl-min-version",
+        commands=SOCKETS,
+        convert=_one_of("tlsv1.2", "tlsv1.3"),
+        metavar="VERSION",
+        help="TLSv1.2 or TLSv1.3 (TLSv1.2)",
+    ),
     Option(
         flag="interfaces",
         commands=SOCKETS,
@@ -491,7 +544,9 @@ def render_flags(options: argparse.Namespace, command: Command, skip: Iterable[s
     flags: list[str] = []
     for option in OPTIONS:
         value = getattr(options, option.name, None)
-        if value is None or command not in option.commands or option.for_supervisor or option.name in skip:
+        if value is None or command not in option.commands or option.for_supervisor or option.secret:
+            continue
+        if option.name in skip:
             continue
         if option.convert is None:
             flags.append(f"--{option.flag}" if value else f"--no-{option.flag}")
@@ -499,6 +554,15 @@ def render_flags(options: argparse.Namespace, command: Command, skip: Iterable[s
             for item in value if option.repeat else (value,):
                 flags.append(f"--{option.flag}={_render(item)}")
     return flags
+
+
+def render_secrets(options: argparse.Namespace, command: Command) -> dict[str, str]:
+    """Return the environment variables with which such a process gets what is no other user's business."""
+    return {
+        option.environment_variable: value
+        for option in OPTIONS
+        if option.secret and command in option.commands and (value := getattr(options, option.name, None)) is not None
+    }
 
 
 def _render(value: Any) -> str:

@@ -17,8 +17,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
@@ -65,7 +65,9 @@ class ProcessSpec:
     role: Role
     number: int
     command: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)  # on top of the supervisor's
     pass_fds: tuple[int, ...] = ()
+    takes_hangup: bool = False  # SIGHUP is passed on to it: it reads files again
 
     @property
     def title(self) -> str:
@@ -90,6 +92,10 @@ class Child:
     @property
     def alive(self) -> bool:
         return self.process is not None and self.process.returncode is None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.ready is not None and self.ready.done() and self.ready.result()
 
     def restart_delay_s(self) -> float:
         exponent = min(self.deaths_in_a_row, 16)
@@ -132,6 +138,8 @@ class Supervisor:
         self._stop_requested = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._signalled)
+        if any(child.spec.takes_hangup for child in self.children):
+            loop.add_signal_handler(signal.SIGHUP, self._hung_up)
         try:
             if await self._start():
                 self.phase = Phase.RUNNING
@@ -162,6 +170,12 @@ class Supervisor:
                     child.process.kill()
             return
         self._stop_requested.set()
+
+    def _hung_up(self) -> None:
+        for child in self.children:
+            # One that is not ready yet might not expect the signal, and reads the files anyway.
+            if child.spec.takes_hangup and child.process is not None and child.alive and child.is_ready:
+                child.process.send_signal(signal.SIGHUP)
 
     # Starting
 
@@ -212,7 +226,7 @@ class Supervisor:
 
     async def _spawn(self, child: Child) -> None:
         loop = asyncio.get_running_loop()
-        environment = dict(self._environment)
+        environment = {**self._environment, **child.spec.environment}
         pass_fds = list(child.spec.pass_fds)
         ready_read = ready_write = None
         child.ready = loop.create_future()

@@ -82,6 +82,7 @@ class ProxyHeaders:
             client=self._client([host for host in hosts if host]) or peer.client,
             server=peer.server,
             tls=_IS_TLS.get(proto.lower(), peer.tls),
+            tls_extension=peer.tls_extension,
         )
 
     def _client(self, hosts: Sequence[str]) -> tuple[str, int] | None:

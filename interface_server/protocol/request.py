@@ -5,7 +5,9 @@ Built by the readers of HTTP/1.1 (and later HTTP/2), used by everything behind t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Peer", "RequestHead"]
 
@@ -20,6 +22,7 @@ class Peer:
     client: tuple[str, int] | None
     server: tuple[str, int | None] | None
     tls: bool = False
+    tls_extension: Mapping[str, Any] | None = None  # scope["extensions"]["tls"], where this socket speaks TLS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 ASGI "HTTP" and "WebSocket", section "Connection Scope"; H1-H12 and W3-W6 in docs/conformance.md. Every call builds
 new objects: applications change their scope (CVE-2020-35681 was a shared one). Lists instead of tuples and what only
-the worker knows (``state``) come behind the wire; ``extensions`` is filled by ``Connections.open``.
+the worker knows (``state``) come behind the wire; ``extensions`` is completed by ``Connections.open``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _common(kind: str, scheme: str, head: RequestHead, peer: Peer, root_path: st
         "raw_path": raw_path,
         "query_string": head.query_string,
         "headers": head.headers,
-        "extensions": {},
+        "extensions": {} if peer.tls_extension is None else {"tls": peer.tls_extension},
     }
 
 

@@ -46,6 +46,11 @@ async def hello(scope, receive, send):
     await respond(send, b"hello")
 
 
+async def show_scope(scope, receive, send):
+    """Answers with the scope as JSON, bytes as Latin-1."""
+    await respond(send, json.dumps(scope, default=lambda value: value.decode("latin-1")).encode())
+
+
 async def pid(scope, receive, send):
     await respond(send, str(os.getpid()).encode())
 
@@ -97,8 +102,15 @@ async def fail_later(scope, receive, send):
 
 
 async def hang(scope, receive, send):
+    print(f"hang?{scope['query_string'].decode()} has begun", flush=True)
     while (await receive())["type"] != "http.disconnect":
         pass
+    print(f"hang?{scope['query_string'].decode()} is over", flush=True)
+
+
+async def deaf(scope, receive, send):
+    """Never receives and never answers."""
+    await asyncio.sleep(3600)
 
 
 async def sse(scope, receive, send):
@@ -162,12 +174,14 @@ async def fail_socket(scope, receive, send):
 ROUTES = {
     "/": hello,
     "/pid": pid,
+    "/scope": show_scope,
     "/upload": upload,
     "/download": download,
     "/numbers": numbers,
     "/fail": fail,
     "/fail-later": fail_later,
     "/hang": hang,
+    "/deaf": deaf,
     "/sse": sse,
     "/publish": publish,
 }

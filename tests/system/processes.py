@@ -99,7 +99,7 @@ class Served(Command):
     def __init__(self, app, *flags, **kwargs):
         super().__init__("serve", app, "--port", "0", *flags, **kwargs)
         try:
-            self.url = self.wait_for(r"serves .* on (http://\S+)").group(1)
+            self.url = self.wait_for(r"serves .* on (https?://\S+)").group(1)
             self.redis_url = self.wait_for(r"broker: (?:embedded, )?(\S+)").group(1)
             self.wait_for(r"worker")
         except BaseException:
