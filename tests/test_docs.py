@@ -188,3 +188,36 @@ def test_the_readme_s_map_has_every_file(package):
         name = str(path.relative_to(ROOT))
         if path.stem not in ("__init__", "__main__"):
             assert name in mapped, f"{name} is not in the map"
+
+
+UNITS = {"KiB": 1024, "MiB": 1024**2, "ms": 0.001}
+FLOW = (ROOT / "docs" / "flow_control.md").read_text("utf-8")
+LIMITS = [
+    (constant, cells[1])
+    for line in FLOW.splitlines()
+    if line.startswith("| ") and len(cells := line.strip("| ").split(" | ")) == 4
+    for constant in re.findall(r"`([^`]+)`", cells[2])
+]
+
+
+def values_of(constant):
+    """What the source sets a constant, a setting or a flag to; more than one where modules share a name."""
+    if constant.startswith("--"):
+        (option,) = [option for option in OPTIONS if f"--{option.flag}" == constant]
+        return {DEFAULTS[option.setting]}
+    values = {DEFAULTS[constant]} if constant in DEFAULTS else set()
+    for text in re.findall(rf"^\s*{constant}(?:: \w+)? = ([\w* .]+?)\s*(?:#.*)?$", SOURCE, re.MULTILINE):
+        if re.fullmatch(r"[\d_* .]+", text):
+            values.add(eval(text))  # a product of numbers
+        elif text.isidentifier() and text.isupper():
+            values |= values_of(text)
+    return values
+
+
+@pytest.mark.parametrize(("constant", "limit"), LIMITS)
+def test_the_limits_of_flow_control_are_those_of_the_source(constant, limit):
+    numbers = re.findall(r"(\d[\d,.]*)(?: (KiB|MiB|ms))?", limit.replace("one look, a look a second", ""))
+    shown = {float(number.strip(",.").replace(",", "")) * UNITS.get(unit, 1) for number, unit in numbers}
+    if shown:  # else the row says "no limit", "as above", "the same window"
+        values = values_of(constant)
+        assert values & shown or not values, f"{constant} is {values}, docs/flow_control.md says {limit}"
