@@ -203,6 +203,15 @@ class Broker:
         future.set_exception(self._lost_reason)
         return future
 
+    def look_for_lost_data(self) -> asyncio.Future[Any]:
+        """Look at the generation key now, for who cannot wait for the heartbeat. Otherwise as call().
+
+        If the broker has lost its data, the subscribers know when the future is done.
+        """
+        call = self.call("GET", self._generation_key)
+        call.add_done_callback(self._generation_answered)
+        return call
+
     def time_ms(self) -> int:
         """Return the broker's clock (TIME), in milliseconds, as estimated from this process's monotonic clock."""
         return int(time.monotonic() * 1000 + self._clock_offset_ms)
@@ -431,7 +440,7 @@ class Broker:
         asked_at = time.monotonic()
         self._start_heartbeat()
         connection.call(("TIME",)).add_done_callback(lambda call: self._time_answered(call, asked_at))
-        connection.call(("GET", self._generation_key)).add_done_callback(self._generation_answered)
+        self.look_for_lost_data()
 
     def _time_answered(self, call: asyncio.Future[Any], asked_at: float) -> None:
         if call.exception() is None:  # else the connection is lost or overloaded, which others report
@@ -452,7 +461,7 @@ class Broker:
 
     def _generation_answered(self, call: asyncio.Future[Any]) -> None:
         lineage, connection = self._lineage, self._connection
-        if call.exception() is not None or lineage is None or connection is None:
+        if call.cancelled() or call.exception() is not None or lineage is None or connection is None:
             return
         value: bytes | None = call.result()
         if value == lineage.generation and value is not None:

@@ -4,6 +4,10 @@ What is sent within one tick (and, under load, while the registry is asked) leav
 registry about each distinct group once, a second one carries the messages. Lives here: that, in the order of the
 calls. Does not live here: who is a member (groups.py).
 
+A broker that lost its data has an empty registry until everybody has noticed and registered anew. So each reading of
+the registry is followed by a look at the generation key, and in doubt every process that we have a link with gets
+the message: one without members drops it, and broadcasts on links survive the loss without a gap.
+
     send() --> collected --> registry (group_members.lua, once a group) --> own members: delivered here
                                                                         +-> linked processes, if we are one: a frame,
                                                                         |   behind what the link was given before
@@ -39,6 +43,9 @@ OUTAGE_WAIT_S: Final = 10.0
 _WAITING_BYTES_MAX: Final = 64 * 1024 * 1024
 # Groups of one portion of registry reads; the messages behind them come with the next.
 _GROUPS_MAX: Final = 500
+# So long after the broker lost its data the registry may lack processes that have members: everybody notices within
+# 3 s and registers at once; the rest is for slow machines.
+_DOUBT_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +90,13 @@ class GroupSender:
         members: Callable[[str], Collection[str]],
         deliver: Callable[[Collection[str], bytes], None],
         link_send: Callable[[str, bytes], bool] | None,
+        linked: Callable[[], Collection[str]] = tuple,
         outage_wait_s: float = OUTAGE_WAIT_S,
     ) -> None:
-        """``link_send`` queues a frame, False if the link holds too much; None in a process without links."""
+        """``link_send`` queues a frame, False if the link holds too much; None in a process without links.
+
+        ``linked`` returns the processes that we have a link with.
+        """
         self._process_id = process_id
         self._keys = keys
         self._broker = broker
@@ -96,6 +107,9 @@ class GroupSender:
         self._members = members
         self._deliver = deliver
         self._link_send = link_send
+        self._linked = linked
+        # Until then the registry may lack processes that have members.
+        self._doubt_until = float("-inf")
         self._outage_wait_s = outage_wait_s
         self._waiting: deque[_Sending] = deque()
         self._waiting_bytes = 0
@@ -137,6 +151,10 @@ class GroupSender:
             self._draining = self._loop.create_task(self._drain())
         await sending.future
 
+    def data_lost(self) -> None:
+        """The broker has lost its data, and with it the registry."""
+        self._doubt_until = self._loop.time() + _DOUBT_S
+
     async def close(self) -> None:
         if self._draining is not None:
             self._draining.cancel()
@@ -167,8 +185,18 @@ class GroupSender:
                     scripts.GROUP_MEMBERS, [self._keys.group(sending.group)], []
                 )
             count += 1
-        answers = await asyncio.gather(*reads.values(), return_exceptions=True)
-        processes: dict[str, Any] = dict(zip(reads, answers, strict=True))
+        pending = list(reads.values())
+        if self._link_send is not None:
+            # Behind the reads: if the data are there now, they were there before. Otherwise data_lost() has been
+            # called by the time this goes on.
+            pending.append(self._broker.look_for_lost_data())
+        answers = await asyncio.gather(*pending, return_exceptions=True)
+        processes: dict[str, Any] = dict(zip(reads, answers, strict=False))
+        if self._link_send is not None and self._loop.time() < self._doubt_until:
+            linked = [process.encode() for process in self._linked()]
+            for group, answer in processes.items():
+                if not isinstance(answer, BaseException):
+                    processes[group] = [*answer, *(process for process in linked if process not in answer)]
         for answer in answers:
             if isinstance(answer, BrokerUnavailable):
                 raise answer
@@ -182,7 +210,11 @@ class GroupSender:
                 # The broker refuses the read: rights, or somebody else's key.
                 sending.error = answer if isinstance(answer, Exception) else BrokerError(repr(answer))
             else:
-                self._send(sending, answer)
+                try:
+                    self._send(sending, answer)
+                except Exception as error:
+                    # A registry entry that none of ours wrote, say: it must cost this call only, and be told.
+                    sending.error = error
             self._settle(sending)
 
     def _send(self, sending: _Sending, processes: list[bytes]) -> None:

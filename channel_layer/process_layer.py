@@ -280,6 +280,7 @@ class RedisProcessLayer(ChannelsBackend):
                 members=groups.members,
                 deliver=self._deliver,
                 link_send=None if links is None else self._link_send_to_group,
+                linked=tuple if links is None else links.peers,
                 outage_wait_s=self._outage_wait_s,
             ),
             requests=GroupRequests(
@@ -752,6 +753,8 @@ class RedisProcessLayer(ChannelsBackend):
                 parts.links.broker_lost()  # it lost its data under us: what was in the lists is gone
             parts.links.broker_restored()
         parts.groups.broker_restored()
+        if change.data_lost:
+            parts.sender.data_lost()
         if parts.listener is not None and not was_reachable:
             parts.listener.broker_changed(True)
 
