@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgpack
 
+from channel_layer.connection import WINDOW_BYTES, WINDOW_BYTES_MIN
 from channel_layer.errors import WireError, repr_short
 from channel_layer.frames import WIRE_VERSION
 
@@ -28,7 +29,8 @@ class Opening:
     ``scope`` is the ASGI scope without what only the worker knows (``state``); ``interface`` is the process id of
     the interface server and ``connection`` the number there; ``first_event`` is an encoded event, counted
     against the connection's window like any EVENT; ``tell_receiving`` asks for a RECEIVING frame at the
-    application's first receive() (``Expect: 100-continue``).
+    application's first receive() (``Expect: 100-continue``); ``window_bytes`` is the window of the connection, each
+    way: the interface server's setting, so that the two ends cannot disagree.
     """
 
     interface: str
@@ -38,6 +40,7 @@ class Opening:
     scope: dict[str, Any]
     first_event: bytes | None
     tell_receiving: bool = False
+    window_bytes: int = WINDOW_BYTES
 
 
 def encode_opening(opening: Opening) -> bytes:
@@ -52,6 +55,7 @@ def encode_opening(opening: Opening) -> bytes:
             opening.scope,
             opening.first_event,
             opening.tell_receiving,
+            opening.window_bytes,
         ],
         use_bin_type=True,
     )
@@ -64,9 +68,9 @@ def decode_opening(data: bytes) -> Opening:
         fields = msgpack.unpackb(data, raw=False)
     except Exception as error:  # msgpack raises half a dozen unrelated types
         raise WireError(f"opening of {len(data)} bytes is not msgpack: {error}") from error
-    if not isinstance(fields, list) or len(fields) < 8 or fields[0] != WIRE_VERSION:
+    if not isinstance(fields, list) or len(fields) < 9 or fields[0] != WIRE_VERSION:
         raise WireError(f"opening is not an array of version {WIRE_VERSION}: {repr_short(fields)}")
-    _, interface, connection, epoch, reply_channel, scope, first_event, tell_receiving = fields[:8]
+    _, interface, connection, epoch, reply_channel, scope, first_event, tell_receiving, window_bytes = fields[:9]
     if (
         type(interface) is not str
         or type(connection) is not int
@@ -75,6 +79,8 @@ def decode_opening(data: bytes) -> Opening:
         or type(scope) is not dict
         or not (first_event is None or type(first_event) is bytes)
         or type(tell_receiving) is not bool
+        or type(window_bytes) is not int
+        or window_bytes < WINDOW_BYTES_MIN
     ):
         raise WireError(f"opening has malformed fields: {repr_short(fields[:5])}")
     return Opening(
@@ -85,4 +91,5 @@ def decode_opening(data: bytes) -> Opening:
         scope=scope,
         first_event=first_event,
         tell_receiving=tell_receiving,
+        window_bytes=window_bytes,
     )

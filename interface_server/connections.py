@@ -180,6 +180,7 @@ class Connections:
                 scope=scope,
                 first_event=encoded,
                 tell_receiving=tell_receiving,
+                window_bytes=self.settings.window_bytes,
             )
         )
         maximum = self.settings.connections_max

@@ -127,7 +127,6 @@ class Instance:
         application: Application,
         link: Link,
         loop: asyncio.AbstractEventLoop,
-        window_bytes: int,
         close_timeout_s: float,
         ended: Callable[[Instance], None],
         context: contextvars.Context | None = None,
@@ -158,7 +157,7 @@ class Instance:
 
         # Towards the application. Lists, not deques: 20,000 idle WebSockets would hold 12 MB of empty deques, and
         # the window bounds the list to some thousand entries, of which pop(0) costs half a microsecond.
-        self._incoming = IncomingEvents(self.connection, self.epoch, window_bytes)
+        self._incoming = IncomingEvents(self.connection, self.epoch, opening.window_bytes)
         self._arrived: list[tuple[dict[str, Any], int]] = []  # bounded by the window; full: the peer sends no more
         self._disconnect: dict[str, Any] | None = None  # the last event, from then on receive() returns copies of it
         self._receivers: list[asyncio.Future[None]] = []  # one for each receive() that waits
@@ -167,7 +166,7 @@ class Instance:
         # Towards the client. ``_outgoing`` holds encoded events beyond the credit, one call's at most; further
         # calls of send() wait in ``_unsent``, one entry each: the application bounds them by awaiting.
         self._sent: SentEvents = HttpEvents() if self.protocol == "http" else WebSocketEvents()
-        self._outgoing = OutgoingEvents(self.connection, self.epoch, window_bytes)
+        self._outgoing = OutgoingEvents(self.connection, self.epoch, opening.window_bytes)
         self._unsent: list[_Sending] = []
         self._refusal: str | None = None  # why send() raises ClientDisconnected
 
@@ -382,8 +381,10 @@ class Instance:
         self._task = None
         self._drop_close_timer()
         self._arrived.clear()
-        # Another task of the application may still wait in receive().
+        # Tasks that the call has left behind: one may wait in receive(), another go on sending, to nobody.
         self._set_disconnect(self._abnormal_disconnect())
+        if self._refusal is None:
+            self._refusal = "its application call is over"
         self._pump()
 
     def _let_leave(self, events: Iterator[dict[str, Any]]) -> bool:

@@ -307,7 +307,6 @@ class WorkerProcess:
                 application=self._application,
                 link=self._layer,
                 loop=self._loop,
-                window_bytes=self._settings.window_bytes,
                 close_timeout_s=self._settings.close_timeout_s,
                 ended=self._instance_ended,
                 context=self._context,
@@ -316,6 +315,11 @@ class WorkerProcess:
             # Its interface server will miss a claim, and refuse the client after --queue-timeout.
             self._unreadable_count += 1
             logger.error("an opening is dropped: %s", error)
+            return
+        except Exception:
+            # A fault of ours, or a scope that no release of ours writes; the next one must be taken all the same.
+            self._unreadable_count += 1
+            logger.exception("an opening is dropped")
             return
         if of_peer is None:
             of_peer = self._peers.setdefault(opening.interface, {})

@@ -56,10 +56,6 @@ class WorkerSettings:
     # free first, and not in this one behind a slow request.
     threads: int = THREADS_DEFAULT
 
-    # Flow control, per connection and direction, in bytes of encoded events. Used up: send() waits, and the
-    # interface server stops reading the client's socket. Both sides of a link must agree.
-    window_bytes: int = 256 * 1024
-
     # An application whose client left before the exchange was complete has this long to return; then it is
     # cancelled, with a log line that says where it waited. Not applied to work after a complete HTTP response.
     close_timeout_s: float = 10.0
@@ -76,13 +72,17 @@ class WorkerSettings:
         for name in ("close_timeout_s", "stop_timeout_s", "lifespan_shutdown_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
-        # Below two pieces (64 KiB each) a transfer would wait for a round trip after every piece.
-        if self.window_bytes < 128 * 1024:
-            raise ValueError(f"window_bytes is {self.window_bytes}, must be at least {128 * 1024}")
-        if not self.channels or not set(self.channels) <= {HTTP_CHANNEL, WEBSOCKET_CHANNEL}:
-            raise ValueError(
-                f"channels are {self.channels!r}, must be some of {HTTP_CHANNEL!r}, {WEBSOCKET_CHANNEL!r}"
-            )
+        if not self.channels or len(set(self.channels)) < len(self.channels):
+            raise ValueError(f"channels are {self.channels!r}, must be one or more different ones")
+        for channel in self.channels:
+            try:
+                is_normal = process_of(check_channel_name(channel)) is None
+            except InvalidName as error:
+                raise ValueError(f"channels: {error}") from error
+            if not is_normal:
+                raise ValueError(f"channels: {channel!r} belongs to one process, workers read those without '!'")
+            if self.interface == "wsgi" and channel not in (HTTP_CHANNEL, WEBSOCKET_CHANNEL):
+                raise ValueError(f"channels: {channel!r} is background work, which a WSGI application cannot do")
         if self.interface not in ("auto", "asgi3", "asgi2", "wsgi"):
             raise ValueError(f"interface is {self.interface!r}, must be 'auto', 'asgi3', 'asgi2' or 'wsgi'")
         if self.lifespan not in ("auto", "on", "off"):

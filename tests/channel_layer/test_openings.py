@@ -21,6 +21,7 @@ OPENING = Opening(
     scope={"type": "http", "path": "/é", "query_string": b"\xff", "headers": [[b"host", b"x"]], "client": None},
     first_event=encode_event({"type": "http.request", "body": b"x", "more_body": True}),
     tell_receiving=True,
+    window_bytes=128 * 1024,
 )
 FIELDS = [
     1,
@@ -31,6 +32,7 @@ FIELDS = [
     OPENING.scope,
     OPENING.first_event,
     OPENING.tell_receiving,
+    OPENING.window_bytes,
 ]
 
 
@@ -52,7 +54,7 @@ def test_fields_that_a_later_release_appends_are_ignored() -> None:
     assert decode_opening(msgpack.packb([*FIELDS, "new"])) == OPENING
 
 
-@pytest.mark.parametrize("count", range(8))
+@pytest.mark.parametrize("count", range(9))
 def test_a_missing_field_is_refused(count: int) -> None:
     with pytest.raises(WireError):
         decode_opening(msgpack.packb(FIELDS[:count]))
@@ -62,7 +64,7 @@ def test_a_missing_field_is_refused(count: int) -> None:
     ("index", "wrong"),
     [
         (index, wrong)
-        for index in range(1, 8)
+        for index in range(1, 9)
         for wrong in (None, 1.5, "x", b"x", 7, True, [], {})
         if type(wrong) is not type(FIELDS[index]) and (index, wrong) != (6, None)
     ],
@@ -70,6 +72,11 @@ def test_a_missing_field_is_refused(count: int) -> None:
 def test_a_field_of_another_type_is_refused(index: int, wrong: Any) -> None:
     with pytest.raises(WireError, match="malformed fields"):
         decode_opening(msgpack.packb([*FIELDS[:index], wrong, *FIELDS[index + 1 :]]))
+
+
+def test_a_window_in_which_nothing_moves_is_refused() -> None:
+    with pytest.raises(WireError, match="malformed fields"):
+        decode_opening(msgpack.packb([*FIELDS[:-1], 1023]))
 
 
 def test_another_version_is_refused() -> None:

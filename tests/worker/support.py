@@ -53,6 +53,7 @@ def make_opening(
     interface: str = INTERFACE,
     first: dict[str, Any] | None = None,
     tell_receiving: bool = False,
+    window_bytes: int = WINDOW_BYTES,
 ) -> Opening:
     return Opening(
         interface=interface,
@@ -62,6 +63,7 @@ def make_opening(
         scope=scope,
         first_event=encode_event(first) if first is not None else None,
         tell_receiving=tell_receiving,
+        window_bytes=window_bytes,
     )
 
 

@@ -14,7 +14,6 @@ from channel_layer.codec import encode_event
 from channel_layer.connection import FlowControlError
 from channel_layer.frames import FrameKind, Outcome
 from tests.worker.support import (
-    WINDOW_BYTES,
     FakeInterface,
     FakeLink,
     http_scope,
@@ -60,7 +59,6 @@ class Bench:
             application=application,
             link=self.link,
             loop=asyncio.get_running_loop(),
-            window_bytes=WINDOW_BYTES,
             close_timeout_s=close_timeout_s,
             ended=self._instance_ended,
         )
@@ -122,6 +120,46 @@ async def test_start_and_body_leave_in_one_turn_and_send_does_not_wait() -> None
     await asyncio.sleep(0)  # one turn: the call runs to its end
     kinds = [frame[0] for frame in bench.link.take()]
     assert kinds == [FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+
+
+async def test_the_window_is_the_one_the_opening_names() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send(START)
+        while True:
+            await send(body(bytes(1000), more_body=True))
+
+    bench = Bench(application, window_bytes=16 * 1024)
+    await turns()
+    sent = sum(len(frame[3]) for frame in bench.link.take())
+    assert 15 * 1024 < sent <= 16 * 1024
+    bench.instance.cancel()
+    await turns()
+
+
+async def test_a_task_that_outlives_its_call_cannot_send() -> None:
+    """Its event would go to nobody, and no credit would come back: it would wait for ever."""
+    failures: list[Exception] = []
+    returned = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        async def straggler() -> None:
+            await returned.wait()
+            try:
+                await send({"type": "websocket.send", "text": "late"})
+            except OSError as error:
+                failures.append(error)
+
+        await receive()
+        await send({"type": "websocket.accept"})
+        tasks.append(asyncio.create_task(straggler()))
+
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    assert await bench.over() is Outcome.RETURNED
+    returned.set()
+    await tasks[0]
+    assert [type(failure) for failure in failures] == [ClientDisconnected]
+    assert bench.link.take() == []
 
 
 async def test_the_application_gets_scope_and_events_in_order() -> None:

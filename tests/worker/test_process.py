@@ -240,11 +240,12 @@ async def test_an_unreadable_opening_is_counted_and_the_next_is_taken(
 async def test_openings_that_do_not_fit_their_channel_are_dropped(bench: Bench) -> None:
     await bench.layer.offer(make_opening(websocket_scope()), channel=HTTP_CHANNEL)
     await bench.layer.offer(make_opening(http_scope() | {"headers": None}))
+    await bench.layer.offer(make_opening(http_scope() | {"headers": [1]}))
     broken = make_opening(http_scope(), connection=3)
     object.__setattr__(broken, "first_event", b"\xc1")
     await bench.layer.offer(broken)
     await turns()
-    assert bench.process.statistics().unreadable_count == 3
+    assert bench.process.statistics().unreadable_count == 4
     assert bench.layer.take() == []
     assert bench.process.instances() == []
 

@@ -28,7 +28,6 @@ def test_the_defaults_are_accepted() -> None:
         {"close_timeout_s": float("nan")},
         {"stop_timeout_s": -0.1},
         {"lifespan_shutdown_timeout_s": -1},
-        {"window_bytes": 64 * 1024},
         {"channels": ()},
         {"channels": ("http.request", "jobs")},
         {"interface": "cgi"},
