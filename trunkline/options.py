@@ -326,6 +326,14 @@ OPTIONS: Final[tuple[Option, ...]] = (
         for_supervisor=True,
         help="worker processes (1)",
     ),
+    Option(
+        flag="channel",
+        commands=(WORKER,),
+        metavar="NAME",
+        repeat=True,
+        field="channels",
+        help="take background work from this channel instead of HTTP and WebSockets; may be repeated",
+    ),
     Option(flag="factory", commands=APPLICATION, convert=None, help="APP is a function that makes the application"),
     Option(
         flag="app-dir",

@@ -34,6 +34,7 @@ from channel_layer.frames import Frame, FrameKind, build_claim, build_closed
 from channel_layer.openings import Opening, decode_opening
 from channel_layer.process_layer import RedisProcessLayer
 from worker.application import Application, build_application
+from worker.background import BackgroundChannel
 from worker.instance import Instance, Phase
 from worker.lifespan import Lifespan, LifespanFailed
 from worker.loading import ApplicationError, load_application, prepare_import
@@ -116,6 +117,7 @@ class WorkerProcess:
         self._early_ends: dict[str, set[tuple[int, int]]] = {}
 
         self._takers: list[asyncio.Task[None]] = []
+        self._background: list[BackgroundChannel] = []  # one for each channel that is not of connections
         self._is_stopping = False
         self._reachable = asyncio.Event()
         self._reachable.set()
@@ -163,8 +165,19 @@ class WorkerProcess:
         return instance.epoch if instance is not None else 0
 
     def start(self) -> None:
-        """Begin to take openings."""
+        """Begin to take openings, and messages of background work."""
         for channel in self._settings.channels:
+            if channel not in _PROTOCOLS:
+                background = BackgroundChannel(
+                    channel,
+                    application=self._application,
+                    layer=self._layer,
+                    state=self._state,
+                    context=self._context,
+                )
+                background.start().add_done_callback(self._taker_done)
+                self._background.append(background)
+                continue
             taker = self._loop.create_task(self._take(channel), name=f"take {channel}")
             taker.add_done_callback(self._taker_done)
             self._takers.append(taker)
@@ -180,6 +193,7 @@ class WorkerProcess:
         ends the waiting early.
         """
         self._is_stopping = True
+        background = asyncio.gather(*(each.stop(timeout_s, at_once=at_once) for each in self._background))
         takers, self._takers = self._takers, []
         for taker in takers:
             taker.cancel()
@@ -206,7 +220,7 @@ class WorkerProcess:
         running = [instance for instance in self.instances() if instance.task is not None]
         for instance in running[:10]:
             logger.error("%s does not end although it was cancelled", instance.describe())
-        return len(running)
+        return len(running) + sum(await background)
 
     # Called by the layer
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from channel_layer.errors import InvalidName
+from channel_layer.names import check_channel_name, process_of
+
 __all__ = [
     "HTTP_CHANNEL",
     "THREADS_DEFAULT",
@@ -48,6 +51,7 @@ class WorkerSettings:
 
     # What is taken from the queues. At the limit nothing more is taken: openings wait for another worker or for
     # room here, and after the interface server's --queue-timeout they get 503.
+    # Any other name is a channel of background work (background.py).
     channels: tuple[str, ...] = (HTTP_CHANNEL, WEBSOCKET_CHANNEL)
     concurrency: int = 100  # running HTTP requests; one counts until its application call returns
     websockets_max: int = 20_000  # WebSockets, likewise
@@ -72,10 +76,17 @@ class WorkerSettings:
         for name in ("close_timeout_s", "stop_timeout_s", "lifespan_shutdown_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
-        if not self.channels or not set(self.channels) <= {HTTP_CHANNEL, WEBSOCKET_CHANNEL}:
-            raise ValueError(
-                f"channels are {self.channels!r}, must be some of {HTTP_CHANNEL!r}, {WEBSOCKET_CHANNEL!r}"
-            )
+        if not self.channels or len(set(self.channels)) < len(self.channels):
+            raise ValueError(f"channels are {self.channels!r}, must be one or more different ones")
+        for channel in self.channels:
+            try:
+                is_normal = process_of(check_channel_name(channel)) is None
+            except InvalidName as error:
+                raise ValueError(f"channels: {error}") from error
+            if not is_normal:
+                raise ValueError(f"channels: {channel!r} belongs to one process, workers read those without '!'")
+            if self.interface == "wsgi" and channel not in (HTTP_CHANNEL, WEBSOCKET_CHANNEL):
+                raise ValueError(f"channels: {channel!r} is background work, which a WSGI application cannot do")
         if self.interface not in ("auto", "asgi3", "asgi2", "wsgi"):
             raise ValueError(f"interface is {self.interface!r}, must be 'auto', 'asgi3', 'asgi2' or 'wsgi'")
         if self.lifespan not in ("auto", "on", "off"):

@@ -29,7 +29,9 @@ def test_the_defaults_are_accepted() -> None:
         {"stop_timeout_s": -0.1},
         {"lifespan_shutdown_timeout_s": -1},
         {"channels": ()},
-        {"channels": ("http.request", "jobs")},
+        {"channels": ("thumbnails", "thumbnails")},
+        {"channels": ("no spaces",)},
+        {"channels": ("specific.w1!x",)},
         {"interface": "cgi"},
         {"threads": 0},
         {"lifespan": "maybe"},
@@ -39,3 +41,16 @@ def test_what_cannot_work_is_refused_with_name_and_value(values: dict[str, Any])
     (name,) = values
     with pytest.raises(ValueError, match=name.removesuffix("s")):
         make(**values)
+
+
+def test_background_channels_are_accepted_but_not_with_wsgi() -> None:
+    assert make(channels=("thumbnails", "http.request")).channels == ("thumbnails", "http.request")
+    assert make(channels=("http.request",), interface="wsgi").channels == ("http.request",)
+    with pytest.raises(ValueError, match="'thumbnails' is background work"):
+        make(channels=("thumbnails",), interface="wsgi")
+
+
+def test_wsgi_takes_no_more_requests_than_it_has_threads() -> None:
+    assert make(interface="wsgi").http_max == 16
+    assert make(interface="wsgi", concurrency=4).http_max == 4
+    assert make(threads=4).http_max == 100
