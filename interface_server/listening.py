@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Final
 
 from interface_server.settings import InterfaceSettings
 
-__all__ = ["describe", "open_listening_socket"]
+__all__ = ["activated_descriptor", "describe", "open_listening_socket"]
+
+_FIRST_DESCRIPTOR: Final = 3  # SD_LISTEN_FDS_START
 
 
 def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
@@ -46,6 +50,23 @@ def describe(listening: socket.socket, *, tls: bool = False) -> str:
     return f"{'https' if tls else 'http'}://{host}:{address[1]}"
 
 
+def activated_descriptor(environ: MutableMapping[str, str], process_id: int) -> int | None:
+    """Return the descriptor of the socket that systemd opened for this process, if it did (sd_listen_fds(3)).
+
+    Removes what says so, for it is not meant for the processes we start. Raises OSError for several sockets.
+    """
+    process, count = environ.get("LISTEN_PID"), environ.get("LISTEN_FDS")
+    if process != str(process_id) or count is None:
+        return None
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        environ.pop(name, None)
+    if count != "1":
+        raise OSError(
+            f"systemd hands over {count} sockets, expected one; which one is meant says --fd (the first: 3)"
+        )
+    return _FIRST_DESCRIPTOR
+
+
 def _open(settings: InterfaceSettings) -> socket.socket:
     if settings.fd is not None:
         # A copy: closing ours leaves the caller's alone.
@@ -53,7 +74,7 @@ def _open(settings: InterfaceSettings) -> socket.socket:
         listening.listen(settings.backlog)
         return listening
     if settings.uds is not None:
-        return _open_unix(settings.uds, settings.backlog)
+        return _open_unix(settings.uds, settings.backlog, int(settings.uds_permissions, 8))
     host = settings.host.removeprefix("[").removesuffix("]")
     family, *_, address = socket.getaddrinfo(
         host or None, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -65,7 +86,7 @@ def _open(settings: InterfaceSettings) -> socket.socket:
     )
 
 
-def _open_unix(path: str, backlog: int) -> socket.socket:
+def _open_unix(path: str, backlog: int, mode: int) -> socket.socket:
     """A socket nobody listens on any more is replaced; any other file is left alone."""
     if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -76,8 +97,7 @@ def _open_unix(path: str, backlog: int) -> socket.socket:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listening.bind(path)
-        # As uvicorn does: a proxy of another user must be able to connect.
-        os.chmod(path, 0o666)
+        os.chmod(path, mode)  # before anybody can connect
         listening.listen(backlog)
     except OSError:
         listening.close()

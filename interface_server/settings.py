@@ -7,6 +7,7 @@ To add a knob: a field here with its sentence, its flag in trunkline/, its reade
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 __all__ = ["InterfaceSettings"]
@@ -29,7 +30,8 @@ class InterfaceSettings:
     # Listening: the first that is given of fd, uds, host and port.
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port; the line written when ready names it
-    uds: str | None = None  # path of a unix socket; a stale one is replaced, the mode becomes 0666 (as uvicorn)
+    uds: str | None = None  # path of a unix socket; a stale one is replaced
+    uds_permissions: str = "666"  # its mode, octal; the default is uvicorn's: a proxy of another user may connect
     fd: int | None = None  # an inherited socket that listens already
     reuse_port: bool = False  # SO_REUSEPORT: several servers bind the same port by themselves
     # Connections the kernel completes before we accept them; what comes beyond is dropped and tried again by
@@ -92,6 +94,8 @@ class InterfaceSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}, must be 0 to 65535")
+        if not re.fullmatch("0?[0-7]{3}", self.uds_permissions):
+            raise ValueError(f"uds_permissions is {self.uds_permissions!r}, must be three octal digits")
         for name in (
             "backlog",
             "request_line_bytes_max",

@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # one that is imported. From here on nothing imports these packages by name again.
             import interface_server.server
             import worker.process
+        if options.command in ("serve", "interface"):
+            _take_activated_socket(options)
         if options.command == "interface" and (options.interfaces or 1) == 1:
             return interface_server.server.run(_interface_settings(options))
         if options.command == "worker" and (options.workers or 1) == 1:
@@ -66,6 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"trunkline: {error}", file=sys.stderr)
         return 1
+
+
+def _take_activated_socket(options: argparse.Namespace) -> None:
+    """Use the socket that systemd opened, unless the flags name one."""
+    from interface_server.listening import activated_descriptor
+
+    if options.fd is None and options.uds is None and options.host is None and options.port is None:
+        options.fd = activated_descriptor(os.environ, os.getpid())
 
 
 @contextlib.contextmanager
@@ -179,7 +189,9 @@ def _process_specs(options: argparse.Namespace, listening: socket.socket | None)
     python = [sys.executable, "-P", "-m", "trunkline"]
     specs = []
     if listening is not None:
-        flags = render_flags(options, "interface", skip=("host", "port", "uds", "fd", "reuse_port", "backlog"))
+        flags = render_flags(
+            options, "interface", skip=("host", "port", "uds", "uds_permissions", "fd", "reuse_port", "backlog")
+        )
         command = [*python, "interface", f"--fd={listening.fileno()}", "--interfaces=1", *flags]
         specs += [
             ProcessSpec(

@@ -136,10 +136,16 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option(flag="port", commands=SOCKETS, convert=_integer(0, 65535), help="port to listen on (8000); 0 takes any"),
     Option(flag="uds", commands=SOCKETS, metavar="PATH", help="listen on a unix socket instead"),
     Option(
+        flag="uds-permissions",
+        commands=SOCKETS,
+        metavar="MODE",
+        help="mode of the unix socket, octal (666)",
+    ),
+    Option(
         flag="fd",
         commands=SOCKETS,
         convert=_integer(0),
-        help="take over a listening socket with this file descriptor",
+        help="take over a listening socket with this file descriptor (one of systemd's is found without)",
     ),
     Option(
         flag="reuse-port",

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from interface_server.listening import describe, open_listening_socket
+from interface_server.listening import activated_descriptor, describe, open_listening_socket
 from interface_server.settings import InterfaceSettings
 
 
@@ -78,3 +78,26 @@ def test_a_file_is_not_replaced_by_a_unix_socket(tmp_path):
     with pytest.raises(OSError, match="cannot listen on"):
         listen(uds=str(path))
     assert path.read_text() == "data"
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("666", 0o666), ("0600", 0o600), ("660", 0o660)])
+def test_the_mode_of_a_unix_socket(tmp_path, mode, expected):
+    path = tmp_path / "socket"
+    with listen(uds=str(path), uds_permissions=mode):
+        assert stat.S_IMODE(path.stat().st_mode) == expected
+
+
+@pytest.mark.parametrize("mode", ["", "66", "888", "rw-rw----", "1777"])
+def test_a_mode_that_is_none(mode):
+    with pytest.raises(ValueError, match="three octal digits"):
+        listen(uds="/unused", uds_permissions=mode)
+
+
+def test_a_socket_of_systemd():
+    environ = {"LISTEN_PID": "12", "LISTEN_FDS": "1", "LISTEN_FDNAMES": "x", "HOME": "/"}
+    assert activated_descriptor(environ, 13) is None  # of our parent
+    assert activated_descriptor(environ, 12) == 3
+    assert environ == {"HOME": "/"}
+    assert activated_descriptor(environ, 12) is None
+    with pytest.raises(OSError, match="hands over 2 sockets, expected one"):
+        activated_descriptor({"LISTEN_PID": "12", "LISTEN_FDS": "2"}, 12)

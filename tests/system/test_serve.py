@@ -204,3 +204,29 @@ def test_log_config_and_header_flags(tmp_path):
         assert answer.headers["x-served-by"] == "us"
         assert "server" not in answer.headers
         wait_until(lambda: '"GET / HTTP/1.1" 200' in (tmp_path / "log").read_text(), 5, "the access log line")
+
+
+def test_a_socket_that_systemd_opened_is_served_without_a_flag():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        # As systemd does it: the socket is descriptor 3 of the process that it starts.
+        code = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3)\n"
+            "os.environ.update(LISTEN_FDS='1', LISTEN_PID=str(os.getpid()))\n"
+            "os.execv(sys.argv[2], sys.argv[2:])"
+        )
+        trunkline = f"{os.path.dirname(sys.executable)}/trunkline"
+        command = subprocess.Popen(
+            [sys.executable, "-c", code, str(listening.fileno()), trunkline, "serve", APP],
+            cwd=ROOT,
+            pass_fds=(listening.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            # It listens already, so this waits until somebody accepts.
+            assert httpx.get(f"http://127.0.0.1:{port}/", timeout=30).text == "hello"
+        finally:
+            command.send_signal(signal.SIGINT)
+            assert command.wait(30) == 0
