@@ -7,7 +7,7 @@ Nothing is implemented here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from channel_layer.frames import Frame
@@ -112,10 +112,10 @@ class ProcessLayer(ChannelLayer, Protocol):
 
     # Openings: elements of the normal channels http.request and websocket.connect
 
-    async def push_opening(self, channel: str, opening: bytes) -> bytes:
-        """Store an opening; return the element as the broker holds it (for find and remove).
+    def push_opening(self, channel: str, opening: bytes) -> Awaitable[bytes]:
+        """Store an opening; the result is the element as the broker holds it (for find and remove).
 
-        Raises ChannelFull, BrokerUnavailable.
+        Fails with ChannelFull, BrokerUnavailable. A future, not a coroutine: each request would cost a task.
         """
 
     async def take_openings(self, channel: str, count: int) -> list[bytes]:

@@ -41,8 +41,8 @@ __all__ = [
     "OutgoingStatistics",
 ]
 
-# The credit window of a connection, each way; the opening tells the worker which one it is. At 1 ms between two processes it
-# allows 256 MB/s for one connection; a client that does not read costs this much in each process.
+# The credit window of a connection, each way; the opening tells the worker which one it is. At 1 ms between two
+# processes it allows 256 MB/s for one connection; a client that does not read costs this much in each process.
 WINDOW_BYTES: Final = 256 * 1024
 WINDOW_BYTES_MIN: Final = 1024  # so that the smallest cost fits a quarter of every window four times
 

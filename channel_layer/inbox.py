@@ -49,12 +49,43 @@ class _Entry:
 
     __slots__ = ("capacity", "expiry_ms", "future", "message")
 
-    def __init__(self, message: bytes, capacity: int, expiry_ms: int, future: asyncio.Future[int] | None) -> None:
+    def __init__(self, message: bytes, capacity: int, expiry_ms: int, future: asyncio.Future[Any] | None) -> None:
         self.message = message
         self.capacity = capacity
         self.expiry_ms = expiry_ms
         # Told the deadline of the stored message, or why it was not stored. None: nobody wants to know.
-        self.future = future
+        self.future: asyncio.Future[Any] | None = future
+
+    def stored(self, deadline_ms: int) -> None:
+        if self.future is not None and not self.future.done():
+            self.future.set_result(deadline_ms)
+
+    def full(self) -> None:
+        if self.future is not None and not self.future.done():
+            self.future.set_result(-1)
+
+    def failed(self, error: Exception) -> None:
+        if self.future is not None and not self.future.done():
+            self.future.set_exception(error)
+
+
+class _ElementEntry(_Entry):
+    """One whose future is told the element as it stands in the list."""
+
+    __slots__ = ("name",)
+
+    def __init__(
+        self, message: bytes, capacity: int, expiry_ms: int, future: asyncio.Future[bytes], name: str
+    ) -> None:
+        super().__init__(message, capacity, expiry_ms, future)
+        self.name = name
+
+    def stored(self, deadline_ms: int) -> None:
+        if self.future is not None and not self.future.done():
+            self.future.set_result(deadline_ms.to_bytes(8, "big") + self.message)
+
+    def full(self) -> None:
+        self.failed(_full(self.name, self.capacity))
 
 
 class _List:
@@ -103,13 +134,21 @@ class ListWriter:
         future = self.push(key, message, capacity=capacity, expiry_ms=expiry_ms)
         deadline_ms = await future
         if deadline_ms < 0:
-            raise channel_full(f"channel {name!r} holds {capacity} messages, as many as its capacity allows")
+            raise _full(name, capacity)
         return deadline_ms
 
     def push(self, key: str, message: bytes, *, capacity: int, expiry_ms: int) -> asyncio.Future[int]:
         """As ``store``; the future's result is -1 when the list is full."""
         future: asyncio.Future[int] = self._loop.create_future()
         self._add(key, _Entry(message, capacity, expiry_ms, future))
+        return future
+
+    def push_element(
+        self, key: str, message: bytes, *, capacity: int, expiry_ms: int, name: str
+    ) -> asyncio.Future[bytes]:
+        """As ``store``, without a coroutine; the result is the element as it stands in the list."""
+        future: asyncio.Future[bytes] = self._loop.create_future()
+        self._add(key, _ElementEntry(message, capacity, expiry_ms, future, name))
         return future
 
     def push_unasked(self, key: str, message: bytes, *, capacity: int, expiry_ms: int) -> None:
@@ -161,14 +200,13 @@ class ListWriter:
             for index, entry in enumerate(batch):
                 if index >= stored:
                     self._settle_full(entry)
-                elif entry.future is not None and not entry.future.done():
-                    entry.future.set_result(deadline_ms)
+                else:
+                    entry.stored(deadline_ms)
         else:
             self._failed_count += len(batch)
             failure = error if isinstance(error, Exception) else BrokerUnavailable("the broker connection was closed")
             for entry in batch:
-                if entry.future is not None and not entry.future.done():
-                    entry.future.set_exception(failure)
+                entry.failed(failure)
         if target.entries:
             self._write(target)
         else:
@@ -176,8 +214,11 @@ class ListWriter:
 
     def _settle_full(self, entry: _Entry) -> None:
         self._full_count += 1
-        if entry.future is not None and not entry.future.done():
-            entry.future.set_result(-1)
+        entry.full()
+
+
+def _full(name: str, capacity: int) -> Exception:
+    return channel_full(f"channel {name!r} holds {capacity} messages, as many as its capacity allows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -584,16 +584,15 @@ class RedisProcessLayer(ChannelsBackend):
 
     # Openings
 
-    async def push_opening(self, channel: str, opening: bytes) -> bytes:
+    def push_opening(self, channel: str, opening: bytes) -> asyncio.Future[bytes]:
         """See base.ProcessLayer."""
-        deadline_ms = await self._started().writer.store(
+        return self._started().writer.push_element(
             self.keys.normal(channel),
             opening,
             capacity=self._opening_capacity,
             expiry_ms=self._opening_expiry_ms,
             name=channel,
         )
-        return deadline_ms.to_bytes(8, "big") + opening
 
     async def take_openings(self, channel: str, count: int) -> list[bytes]:
         """See base.ProcessLayer. Waits through outages of the broker."""

@@ -109,6 +109,24 @@ async def test_more_than_fits_the_list_is_refused_without_asking(writer: ListWri
     assert await asyncio.gather(*calls[:3]) == [7, 7, 7]
 
 
+async def test_an_element_is_told_as_it_stands_in_the_list(writer: ListWriter, broker: Scripted) -> None:
+    calls = [
+        writer.push_element("list", b"%d" % number, capacity=9, expiry_ms=1000, name="of it") for number in range(3)
+    ]
+    calls[0].cancel()
+    await turns()
+    assert broker.last == ("list", [b"1", b"2"])
+    broker.answers[0].set_result([1, 7])
+    assert await calls[1] == (7).to_bytes(8, "big") + b"1"
+    with pytest.raises(ChannelFull, match="'of it' holds 9 messages"):
+        await calls[2]
+    failing = writer.push_element("list", b"3", capacity=9, expiry_ms=1000, name="of it")
+    await turns()
+    broker.answers[1].set_exception(BrokerUnavailable("away"))
+    with pytest.raises(BrokerUnavailable):
+        await failing
+
+
 async def test_messages_that_differ_in_capacity_or_expiry_keep_their_order(
     writer: ListWriter, broker: Scripted
 ) -> None:

@@ -216,7 +216,7 @@ async def test_a_cancelled_take_leaves_the_openings_in_order(broker_server: Brok
             taking = asyncio.create_task(worker.take_openings("http.request", 3))
             for _ in range(number % 5):
                 await asyncio.sleep(0)
-            pushing = asyncio.create_task(other.push_opening("http.request", b"%d" % number))
+            pushing = other.push_opening("http.request", b"%d" % number)
             if number % 3 == 0:
                 await pushing
             for _ in range(number % 7):
