@@ -30,6 +30,7 @@ from channel_layer.broker_connection import (
     pack_command,
 )
 from channel_layer.broker_url import BrokerAddress
+from channel_layer.enums import quick
 from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitable
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ UNBLOCK_AGAIN_S: Final = 0.01
 PUSH_BACK_EXPIRY_MS: Final = 60_000
 
 
+@quick
 class ReaderState(Enum):
     DISCONNECTED = auto()
     CONNECTING = auto()

@@ -36,6 +36,7 @@ from channel_layer.broker_connection import (
     parse_info,
 )
 from channel_layer.broker_url import parse_broker_url
+from channel_layer.enums import quick
 from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitable
 from channel_layer.scripts import Script
 
@@ -54,9 +55,13 @@ HEARTBEAT_S: Final = 2.0
 # BLMPOP, LPOP with a count in scripts, and effects replication of scripts that call TIME.
 _VERSION_MIN: Final = (7, 0)
 
+# Error codes of a broker that answers and takes no writes: out of memory, out of disk, out of replicas.
+_REFUSALS: Final = ("OOM", "MISCONF", "NOREPLICAS")
+
 _CLIENT_NAME = re.compile(r"[!-~]+")  # what CLIENT SETNAME takes
 
 
+@quick
 class BrokerState(Enum):
     IDLE = auto()
     CONNECTING = auto()
@@ -211,6 +216,15 @@ class Broker:
         call = self.call("GET", self._generation_key)
         call.add_done_callback(self._generation_answered)
         return call
+
+    async def count_refusals(self) -> int:
+        """Return how many commands of all clients the broker has refused because it takes no writes for now.
+
+        Raises BrokerUnavailable.
+        """
+        errors = parse_info(await self.call("INFO", "errorstats"))
+        counts = (errors.get(f"errorstat_{code}", "") for code in _REFUSALS)
+        return sum(int(count.removeprefix("count=")) for count in counts if count)
 
     def time_ms(self) -> int:
         """Return the broker's clock (TIME), in milliseconds, as estimated from this process's monotonic clock."""

@@ -47,6 +47,7 @@ from typing import Any, Final, NamedTuple
 
 import msgpack
 
+from channel_layer.enums import quick
 from channel_layer.errors import WireError, repr_short
 
 __all__ = [
@@ -83,6 +84,7 @@ WIRE_VERSION: Final = 1
 Frame = list[Any]
 
 
+@quick
 class BlobKind(IntEnum):
     DATA = 0
     ACK = 1
@@ -92,6 +94,7 @@ class BlobKind(IntEnum):
     RESET = 5
 
 
+@quick
 class FrameKind(IntEnum):
     CLAIM = 1
     GRANT = 2
@@ -119,6 +122,7 @@ class FrameKind(IntEnum):
     STATE_STORED = 38
 
 
+@quick
 class Outcome(IntEnum):
     """How an application instance ended."""
 

@@ -50,6 +50,7 @@ from enum import Enum
 from itertools import islice
 from typing import Final, NamedTuple
 
+from channel_layer.enums import quick
 from channel_layer.errors import WireError
 from channel_layer.frames import Blob, BlobKind, Frame, FrameKind, build_blob, build_bye
 
@@ -77,6 +78,7 @@ _BYE: Final = build_bye()
 _NO_FRAMES: Final[list[Frame]] = []
 
 
+@quick
 class LinkState(Enum):
     OPEN = "open"
     LEAVING = "leaving"

@@ -12,6 +12,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from channel_layer.enums import quick
 from channel_layer.frames import Outcome
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Client", "Connection", "Refusal"]
 
 
+@quick
 class Refusal(Enum):
     """Why no application takes (or keeps) a connection. HTTP: the status; an open WebSocket: the close code."""
 

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import FlowControlError, IncomingEvents, OutgoingEvents
+from channel_layer.enums import quick
 from channel_layer.errors import WireError
 from channel_layer.frames import FrameKind, Outcome, build_closed, build_gone, build_grant
 from interface_server.client import Client, Refusal
@@ -53,6 +54,7 @@ UNCLAIMED_BYTES_MAX: Final = 64 * 1024
 _HELD_BYTES_MIN: Final = 64
 
 
+@quick
 class State(Enum):
     PARKED = "waits for the broker"
     PUSHING = "the opening is being stored"
@@ -77,6 +79,7 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
 }
 
 
+@quick
 class _Held(IntEnum):
     """What stands in the queue."""
 

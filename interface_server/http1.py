@@ -38,6 +38,7 @@ from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListen
 from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
+from channel_layer.enums import quick
 from channel_layer.openings import FIRST_BODY_BYTES_MAX
 from interface_server.access_log import AccessLog
 from interface_server.connections import Connections
@@ -80,6 +81,7 @@ _NO_BODY: Final = {"type": "http.request", "body": b"", "more_body": False}
 _DISCONNECT: Final = {"type": "http.disconnect"}
 
 
+@quick
 class Phase(Enum):
     HEAD = "waits for a request"
     EXCHANGE = "serves a request"

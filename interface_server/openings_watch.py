@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from channel_layer.enums import quick
+
 __all__ = ["Decision", "Look", "OpeningsWatch", "OpeningsWatchStatistics"]
 
 # DESIGN.md section 3. A worker that took an opening claims it within milliseconds, a busy one within the loop turn.
@@ -34,6 +36,7 @@ LOST_SENDS_MAX: Final = 3  # beyond: the connection is refused with OPENING_LOST
 LOOKED_FOR_MAX: Final = 512
 
 
+@quick
 class Decision(Enum):
     SEND_AGAIN = "lost: send it again with the same epoch"
     GIVE_UP_LOST = "lost too often: refuse with OPENING_LOST"
@@ -41,6 +44,7 @@ class Decision(Enum):
     GIVE_UP_TIMEOUT = "nobody has it in time: refuse with QUEUE_TIMEOUT"
 
 
+@quick
 class _Phase(Enum):
     WAITING = "stored; nothing is wrong"
     MISSED = "looked for once and not found"

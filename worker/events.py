@@ -5,12 +5,16 @@ application sent and returns the events that may now leave: new dicts with the k
 ready for ``codec.encode_event``. A message that is refused changes no state. No I/O happens here.
 
     HTTP        WAITING --start--> STARTED --body, more_body False--> COMPLETE (whatever follows is ignored)
+                STARTED --body, more_body False, trailers promised--> TRAILERS --trailers--> COMPLETE
+                STARTED --pathsend--> COMPLETE (or TRAILERS)
     WebSocket   CONNECTING --accept--> OPEN --close--> CLOSED (whatever follows raises ClientDisconnected)
                 CONNECTING --close--> CLOSED
+                CONNECTING --http.response.start--> REFUSING --http.response.body, more_body False--> CLOSED
 
 Where ASGI and practice differ: ``bytearray`` and ``memoryview`` are taken for ``bytes`` (Starlette passes
 memoryviews on), a ``reason`` of None for "" (uvicorn takes it). Keys that are not known are dropped without a
-word (ASGI, "Error Handling"); ``trailers`` is one of them while the extension is not offered.
+word (ASGI, "Error Handling"); ``trailers`` is one of them where the extension is not offered. Events of extensions
+are taken where the scope of the connection offers them.
 
 To add an event: a row in ``TRANSITIONS`` and a method in ``_BUILDERS`` of its protocol.
 """
@@ -18,15 +22,17 @@ To add an event: a row in ``TRANSITIONS`` and a method in ``_BUILDERS`` of its p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from enum import Enum
 from functools import lru_cache
 from typing import Any, ClassVar, Final
 
 from channel_layer.connection import PIECE_BYTES_MAX
+from channel_layer.enums import quick
 
 __all__ = [
     "BODY_EVENT_BYTES_MAX",
+    "EXTENSION_TRANSITIONS",
     "TRANSITIONS",
     "ClientDisconnected",
     "HttpEvents",
@@ -55,13 +61,16 @@ class ClientDisconnected(OSError):
     """
 
 
+@quick
 class State(Enum):
     """Where a connection is; the value completes the sentence "the application sent … while"."""
 
     WAITING = "no response has been started"
     STARTED = "the response is being sent"
+    TRAILERS = "the trailers of the response are awaited"
     COMPLETE = "the response is complete"
     CONNECTING = "the WebSocket is neither accepted nor closed"
+    REFUSING = "the WebSocket is being refused with a response"
     OPEN = "the WebSocket is open"
     CLOSED = "the WebSocket is closed"
 
@@ -77,8 +86,18 @@ TRANSITIONS: Final[Mapping[tuple[State, str], State]] = {
     (State.OPEN, "websocket.close"): State.CLOSED,
 }
 
-# Event types of ASGI extensions that this release does not offer, by extension: an application that sends one did
-# not look into scope["extensions"], which the error says.
+# The same for events of extensions, where they are offered. A body or trailers of which more follow change nothing.
+EXTENSION_TRANSITIONS: Final[Mapping[tuple[State, str], State]] = {
+    (State.WAITING, "http.response.early_hint"): State.WAITING,
+    (State.STARTED, "http.response.early_hint"): State.STARTED,
+    (State.STARTED, "http.response.pathsend"): State.COMPLETE,
+    (State.TRAILERS, "http.response.trailers"): State.COMPLETE,
+    (State.CONNECTING, "websocket.http.response.start"): State.REFUSING,
+    (State.REFUSING, "websocket.http.response.body"): State.CLOSED,
+}
+
+# Event types of ASGI extensions, by extension: an application that sends one where it is not offered did not look
+# into scope["extensions"], which the error says.
 _EXTENSIONS: Final[Mapping[str, str]] = {
     "http.response.push": "http.response.push",
     "http.response.zerocopysend": "http.response.zerocopysend",
@@ -90,6 +109,10 @@ _EXTENSIONS: Final[Mapping[str, str]] = {
     "websocket.http.response.body": "websocket.http.response",
 }
 
+# RFC 9110 section 6.5.1: what must be known before the body cannot come behind it.
+_NOT_IN_TRAILERS: Final = frozenset(
+    (b"connection", b"content-length", b"host", b"te", b"trailer", b"transfer-encoding", b"upgrade")
+)
 # RFC 9110 section 5.6.2: what header names and WebSocket subprotocols are made of.
 _TOKEN: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 # RFC 9110 section 5.5: these would end the header field, and let a value add headers or a second response.
@@ -100,12 +123,13 @@ _MISSING: Final = object()
 class SentEvents:
     """The events one application instance has sent so far, as far as the next one depends on them."""
 
-    __slots__ = ("state",)
+    __slots__ = ("_extensions", "state")
     protocol: ClassVar[str]
     final_state: ClassVar[State]
     _builders: ClassVar[Mapping[str, Callable[[Any, Mapping[str, Any]], Iterable[Event]]]]
 
     state: State
+    _extensions: Container[str]  # that the scope of this connection offers
 
     def apply(self, message: Mapping[str, Any]) -> Iterable[Event]:
         """Check one message of the application; return the events that leave now, in order.
@@ -133,7 +157,17 @@ class SentEvents:
         except (KeyError, TypeError):
             raise self._unknown(message) from None
         if (self.state, kind) not in TRANSITIONS:
-            allowed = " or ".join(repr(sent) for state, sent in TRANSITIONS if state is self.state)
+            if kind in _EXTENSIONS:
+                if _EXTENSIONS[kind] not in self._extensions:
+                    raise self._unknown(message)
+                if (self.state, kind) in EXTENSION_TRANSITIONS:
+                    return builder(self, message)
+            known = {**TRANSITIONS, **EXTENSION_TRANSITIONS}
+            allowed = " or ".join(
+                repr(sent)
+                for state, sent in known
+                if state is self.state and _EXTENSIONS.get(sent) in (None, *_offered(self._extensions))
+            )
             raise InvalidEvent(f"the application sent {kind!r} while {self.state.value}; expected {allowed}")
         return builder(self, message)
 
@@ -149,7 +183,7 @@ class SentEvents:
                 f"the application sent {kind!r}, but the extension {_EXTENSIONS[kind]!r} is not offered: "
                 'it is not in scope["extensions"]'
             )
-        known = ", ".join(repr(name) for name in self._builders)
+        known = ", ".join(repr(name) for name in self._builders if name not in _EXTENSIONS)
         return InvalidEvent(
             f"the application sent {kind!r:.80} while {self.state.value}; on {self.protocol} connections "
             f"only these are known: {known}"
@@ -163,12 +197,15 @@ class HttpEvents(SentEvents):
     sent before), so an application that fails in between still gets its clean 500.
     """
 
-    __slots__ = ("_held_start",)
+    __slots__ = ("_begun", "_held_start", "_with_trailers")
     protocol = "http"
     final_state = State.COMPLETE
 
-    def __init__(self) -> None:
+    def __init__(self, extensions: Container[str] = ()) -> None:
         self.state = State.WAITING
+        self._extensions = extensions
+        self._with_trailers = False  # the start promised them
+        self._begun = False  # something of the body has been sent
         self._held_start: Event | None = None
 
     def apply(self, message: Mapping[str, Any]) -> Iterable[Event]:
@@ -194,6 +231,12 @@ class HttpEvents(SentEvents):
         headers = _build_headers(kind, message.get("headers", ()))
         # int(): http.HTTPStatus is an int, too, and must not reach the codec.
         self._held_start = {"type": kind, "status": int(status), "headers": headers}
+        if "http.response.trailers" in self._extensions:
+            trailers = message.get("trailers", False)
+            if type(trailers) is not bool:
+                raise _wrong(kind, "trailers", trailers, "a bool")
+            if trailers:
+                self._with_trailers = self._held_start["trailers"] = True
         self.state = State.STARTED
         return ()
 
@@ -205,26 +248,79 @@ class HttpEvents(SentEvents):
         more_body = message.get("more_body", False)
         if type(more_body) is not bool:
             raise _wrong(kind, "more_body", more_body, "a bool")
+        self._begun = True
         if not more_body:
-            self.state = State.COMPLETE
+            self.state = State.TRAILERS if self._with_trailers else State.COMPLETE
         start = self.release_start()
         if len(body) > BODY_EVENT_BYTES_MAX:
             return _cut_body(start, body, more_body)
         event = {"type": kind, "body": body, "more_body": more_body}
         return (event,) if start is None else (start, event)
 
-    _builders: ClassVar = {"http.response.start": _start, "http.response.body": _body}
+    def _early_hint(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        kind = "http.response.early_hint"
+        links = message.get("links", _MISSING)
+        if not isinstance(links, Iterable) or isinstance(links, str | bytes | Mapping):
+            raise _wrong(kind, "links", links, "an iterable of bytes")
+        built = [link if type(link) is bytes else _as_bytes(kind, "links", link) for link in links]
+        for link in built:
+            if _VALUE_FORBIDDEN.search(link):
+                raise InvalidEvent(f'{kind}: "links" has a CR, LF or NUL: {link!r:.80}')
+        # It needs no start, and cannot come behind the head: ASGI says the one, HTTP the other.
+        return ({"type": kind, "links": built},) if built and not self._begun else ()
+
+    def _trailers(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        kind = "http.response.trailers"
+        headers = _build_headers(kind, message.get("headers", ()))
+        for name, _ in headers:
+            if name in _NOT_IN_TRAILERS:
+                raise InvalidEvent(f'{kind}: "headers" has {name!r}, which cannot be a trailer (RFC 9110, 6.5.1)')
+        more = message.get("more_trailers", False)
+        if type(more) is not bool:
+            raise _wrong(kind, "more_trailers", more, "a bool")
+        if not more:
+            self.state = State.COMPLETE
+        return ({"type": kind, "headers": headers, "more_trailers": more},)
+
+    def _pathsend(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        kind = "http.response.pathsend"
+        path = message.get("path", _MISSING)
+        if not isinstance(path, str):
+            raise _wrong(kind, "path", path, "a str")
+        _check_encodable(kind, "path", path)
+        if not path.startswith("/") or "\0" in path:
+            raise InvalidEvent(f'{kind}: "path" is {path!r:.200}, expected an absolute path')
+        if self._begun:
+            raise InvalidEvent(f"{kind}: the body has begun, a file cannot be part of it")
+        self._begun = True
+        self.state = State.TRAILERS if self._with_trailers else State.COMPLETE
+        start = self.release_start()
+        event = {"type": kind, "path": path}
+        return (event,) if start is None else (start, event)
+
+    _builders: ClassVar = {
+        "http.response.start": _start,
+        "http.response.body": _body,
+        "http.response.early_hint": _early_hint,
+        "http.response.trailers": _trailers,
+        "http.response.pathsend": _pathsend,
+    }
 
 
 class WebSocketEvents(SentEvents):
-    """What the application sends on one WebSocket."""
+    """What the application sends on one WebSocket.
 
-    __slots__ = ()
+    Of a refusal the start is held like that of an HTTP response.
+    """
+
+    __slots__ = ("_refusal",)
     protocol = "websocket"
     final_state = State.CLOSED
 
-    def __init__(self) -> None:
+    def __init__(self, extensions: Container[str] = ()) -> None:
         self.state = State.CONNECTING
+        self._extensions = extensions
+        self._refusal: HttpEvents | None = None  # in REFUSING
 
     def apply(self, message: Mapping[str, Any]) -> Iterable[Event]:
         if self.state is State.CLOSED:
@@ -285,7 +381,38 @@ class WebSocketEvents(SentEvents):
         self.state = State.CLOSED
         return ({"type": kind, "code": int(code), "reason": reason},)
 
-    _builders: ClassVar = {"websocket.accept": _accept, "websocket.send": _send, "websocket.close": _close}
+    def _refusal_start(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        refusal = HttpEvents()
+        self._named(refusal.apply, {**message, "type": "http.response.start"})
+        self._refusal = refusal
+        self.state = State.REFUSING
+        return ()
+
+    def _refusal_body(self, message: Mapping[str, Any]) -> Iterable[Event]:
+        assert self._refusal is not None
+        events = self._named(self._refusal.apply, {**message, "type": "http.response.body"})
+        if self._refusal.is_complete:
+            self.state = State.CLOSED
+        return ({**event, "type": f"websocket.{event['type']}"} for event in events)
+
+    def _named(self, apply: Callable[[Mapping[str, Any]], Iterable[Event]], message: Event) -> Iterable[Event]:
+        """An event of a refusal is the HTTP event of the same name, also where it is wrong."""
+        try:
+            return apply(message)
+        except InvalidEvent as error:
+            raise InvalidEvent(f"websocket.{error}") from None
+
+    _builders: ClassVar = {
+        "websocket.accept": _accept,
+        "websocket.send": _send,
+        "websocket.close": _close,
+        "websocket.http.response.start": _refusal_start,
+        "websocket.http.response.body": _refusal_body,
+    }
+
+
+def _offered(extensions: Container[str]) -> Iterator[str]:
+    return (name for name in set(_EXTENSIONS.values()) if name in extensions)
 
 
 def _cut_body(start: Event | None, body: bytes, more_body: bool) -> Iterator[Event]:

@@ -32,6 +32,7 @@ from typing import Any, Final, Protocol
 
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import IncomingEvents, OutgoingEvents
+from channel_layer.enums import quick
 from channel_layer.frames import FrameKind, Outcome, build_end, build_receiving
 from channel_layer.openings import Opening
 from worker.application import Application, Scope
@@ -56,6 +57,7 @@ class Link(Protocol):
     def link_is_congested(self, peer: str) -> bool: ...
 
 
+@quick
 class Phase(Enum):
     CLAIMED = "claimed"
     RUNNING = "running"
@@ -165,7 +167,8 @@ class Instance:
 
         # Towards the client. ``_outgoing`` holds encoded events beyond the credit, one call's at most; further
         # calls of send() wait in ``_unsent``, one entry each: the application bounds them by awaiting.
-        self._sent: SentEvents = HttpEvents() if self.protocol == "http" else WebSocketEvents()
+        extensions = self.scope.get("extensions") or {}
+        self._sent: SentEvents = HttpEvents(extensions) if self.protocol == "http" else WebSocketEvents(extensions)
         self._outgoing = OutgoingEvents(self.connection, self.epoch, opening.window_bytes)
         self._unsent: list[_Sending] = []
         self._refusal: str | None = None  # why send() raises ClientDisconnected
@@ -477,7 +480,7 @@ class Instance:
     def _report_incomplete(self) -> None:
         if self._refusal is not None:
             return
-        if self._sent.state in (State.WAITING, State.STARTED):
+        if self._sent.state in (State.WAITING, State.STARTED, State.TRAILERS, State.REFUSING):
             logger.error("%s: the application returned, but %s", self.describe(), self._sent.state.value)
         elif self._sent.state is State.CONNECTING:
             logger.error("%s: the application returned without accepting or closing the WebSocket", self.describe())

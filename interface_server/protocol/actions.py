@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Final, NamedTuple
 
+from channel_layer.enums import quick
+
 __all__ = ["NOTHING", "End", "Output"]
 
 
+@quick
 class End(Enum):
     """The exchange is over; what becomes of its socket."""
 

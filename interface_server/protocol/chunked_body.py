@@ -10,6 +10,7 @@ import re
 from enum import IntEnum
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from channel_layer.enums import quick
 from interface_server.protocol.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class BodyPiece(NamedTuple):
     is_last: bool
 
 
+@quick
 class _Part(IntEnum):
     """What the next byte belongs to."""
 

@@ -20,6 +20,7 @@ from enum import IntEnum
 from http import HTTPStatus
 from typing import Any, Final
 
+from channel_layer.enums import quick
 from channel_layer.frames import Outcome
 from interface_server.client import Refusal
 from interface_server.protocol.actions import NOTHING, End, Output
@@ -40,6 +41,7 @@ _STATUS_LINES: Final[Mapping[int, bytes]] = {
 _RETRY_AFTER_S: Final = 1
 
 
+@quick
 class Phase(IntEnum):
     WAITING = 0  # nothing from the application
     STARTED = 1  # start received, nothing written
@@ -47,6 +49,7 @@ class Phase(IntEnum):
     OVER = 3
 
 
+@quick
 class _Framing(IntEnum):
     NOTHING = 0  # HEAD, 204, 304: there is no body, whatever the application sends
     LENGTH = 1

@@ -30,6 +30,7 @@ from typing import Final, NamedTuple
 
 import httptools
 
+from channel_layer.enums import quick
 from interface_server.protocol.chunked_body import PIECE_BYTES_MAX, TOKEN, BodyPiece, ChunkedBody
 from interface_server.protocol.errors import BadRequest
 from interface_server.protocol.request import RequestHead
@@ -79,6 +80,7 @@ class RequestStart(NamedTuple):
     wants_upgrade: bool  # there is an Upgrade header; whether it counts is not decided here
 
 
+@quick
 class _Part(IntEnum):
     """What the next byte belongs to."""
 

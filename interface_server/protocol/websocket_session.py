@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
+from channel_layer.enums import quick
 from channel_layer.frames import Outcome
 from interface_server.client import Refusal
 from interface_server.protocol.websocket_frames import (
@@ -54,15 +55,15 @@ __all__ = [
 ]
 
 
+@quick
 class State(Enum):
     CONNECTING = "the handshake waits for the application"
     OPEN = "messages pass"
     CLOSING = "our Close is sent, the client's is awaited"
     CLOSED = "nothing passes any more"
 
-    __hash__ = object.__hash__  # Enum's is Python code, and every message looks into the table
 
-
+@quick
 class Input(Enum):
     """Everything that can happen to a connection."""
 
@@ -84,8 +85,6 @@ class Input(Enum):
     LOST = "the socket is gone"
     # From ourselves.
     TIMED_OUT = "the deadline of this state has passed"
-
-    __hash__ = object.__hash__
 
 
 _EVENTS: Final = {
