@@ -108,6 +108,8 @@ class LinkSettings:
     # Silence after which the first unacknowledged blob is sent again; doubles up to the maximum.
     rto_s: float = 0.4
     rto_max_s: float = 5.0
+    # The same for a broker that refuses pushes (out of memory, overloaded), which costs it little to be asked again.
+    hold_max_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -421,11 +423,14 @@ class Link:
         """Whether the broker has stored what ``collect`` returned is not known (or it certainly has not)."""
         self._pushing = False
         self._ack_again()
+        if self._probe is not None:
+            # The PING may be lost: liveness would take that for silence, and gap reports would be ignored for ever.
+            self._ping_due = True
         if self._restored_in_push:
             self._restored_in_push = False
             self._send_all_again()
         elif not self._broker_away:
-            self._hold_until = now + self._rto_s
+            self._hold_until = now + min(self._rto_s, self._settings.hold_max_s)
             self._rto_s = min(self._rto_s * 2, self._settings.rto_max_s)
             self._rto_deadline = None
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -80,6 +81,8 @@ _GROUP_LINK_BYTES_MAX: Final = 16 * 1024 * 1024
 _LOOK_INTERVAL_S: Final = 0.5
 _SUSPECT_INTERVAL_S: Final = 0.25
 _SWEEP_INTERVAL_S: Final = 5.0
+# While our own lease has not been renewed for so long, the broker refuses those of others, too (out of memory).
+_OWN_LEASE_LATE_S: Final = 1.5
 _LEAVE_TIMEOUT_S: Final = 2.0
 # A dead process stays registered under its groups until its deadline; nothing is sent to it meanwhile.
 _DEAD_REMEMBERED_S: Final = 75.0
@@ -196,6 +199,8 @@ class RedisProcessLayer(ChannelsBackend):
         self._parts: _Parts | None = None  # present from start() to stop()
         # Peers found dead, with the time; see _DEAD_REMEMBERED_S.
         self._dead: dict[str, float] = {}
+        # What the broker had refused at the last look, while there are suspects.
+        self._refusal_count: int | None = None
         self._was_reachable = False
         self._absence_count = 0
         self._absences_seen = 0
@@ -785,15 +790,29 @@ class RedisProcessLayer(ChannelsBackend):
 
     async def _look_at_leases(self, parts: _Parts) -> None:
         links, liveness = parts.links, parts.liveness
-        if links is None or not self._broker.reachable or not liveness.is_judging(parts.loop.time()):
+        if links is None or not self._broker.reachable:
+            return
+        renewed = None if parts.lease is None else parts.lease.last_renewed
+        if renewed is None or time.monotonic() - renewed > _OWN_LEASE_LATE_S:
+            liveness.give_grace(parts.loop.time())
+        if not liveness.is_judging(parts.loop.time()):
             return
         peers = links.peers()
         liveness.keep_only(peers)
         looked_at = [*peers, *self._dead]
         if not looked_at:
             return
-        answers = await asyncio.gather(*[self._broker.call("EXISTS", self.keys.lease(peer)) for peer in looked_at])
+        calls: list[Awaitable[Any]] = [self._broker.call("EXISTS", self.keys.lease(peer)) for peer in looked_at]
+        has_suspects = liveness.has_suspects
+        if has_suspects:
+            calls.append(self._broker.count_refusals())
+        answers = await asyncio.gather(*calls)
         now = parts.loop.time()
+        refusals_before, self._refusal_count = self._refusal_count, answers.pop() if has_suspects else None
+        if has_suspects and refusals_before not in (None, self._refusal_count):
+            # Some commands pass and some do not: perhaps the leases and the answers of our suspects did not.
+            liveness.give_grace(now)
+            return
         present = dict(zip(looked_at, map(bool, answers), strict=True))
         for peer in list(self._dead):
             if present[peer] or now - self._dead[peer] > _DEAD_REMEMBERED_S:

@@ -437,7 +437,17 @@ def test_a_refused_push_is_tried_again_later_and_later() -> None:
         now = deadline
         assert end.link.collect(now)[:1] == first
         end.link.push_failed(now)
-    assert waits == [0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    assert waits == [0.4, 0.8, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_a_ping_in_a_refused_push_is_sent_again() -> None:
+    end = End()
+    end.link.ping()
+    assert [decode_blob(blob).kind for blob in end.link.collect(0.0)] == [BlobKind.PING]
+    end.link.push_failed(0.0)
+    deadline = end.link.next_deadline()
+    assert deadline is not None
+    assert [decode_blob(blob).kind for blob in end.link.collect(deadline)] == [BlobKind.PING]
 
 
 def test_an_acknowledgement_in_a_failed_push_is_sent_again() -> None:

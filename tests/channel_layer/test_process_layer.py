@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import pytest
+from redis.exceptions import OutOfMemoryError
 
 from channel_layer.codec import encode_message
 from channel_layer.errors import BrokerUnavailable, ChannelFull, InvalidName
@@ -456,6 +457,31 @@ async def test_nobody_dies_of_an_outage_or_of_lost_leases(broker_server: BrokerS
         await worker_heard.until(lambda: len(worker_heard.frames) == 2)
         assert heard.ended == worker_heard.ended == []
         assert interface.statistics().liveness.dead_count == 0
+
+
+async def test_nobody_dies_while_the_broker_is_full(valkey_program: str) -> None:
+    # It refuses leases, pings and probes alike (OOM); what is left of the leases' time runs out.
+    with BrokerServer(valkey_program, options=("--maxmemory", "16mb")) as server, server.client() as redis:
+        async with contextlib.AsyncExitStack() as stack:
+            interface, heard = await stack.enter_async_context(started(server.url, "interface"))
+            workers = [await stack.enter_async_context(started(server.url)) for _ in range(8)]
+            for worker, _ in workers:
+                interface.link_send(worker.process_id, build_credit(1, 1, 0))
+            for _, worker_heard in workers:
+                await worker_heard.until(lambda heard=worker_heard: len(heard.frames) == 1)
+            for _ in range(2):
+                with contextlib.suppress(OutOfMemoryError):
+                    while True:
+                        redis.rpush("ballast", bytes(1000))
+                await asyncio.sleep(4.5)
+                redis.delete("ballast")
+                await asyncio.sleep(1.0)
+            for worker, _ in workers:
+                interface.link_send(worker.process_id, build_credit(1, 1, 1))
+            for _, worker_heard in workers:
+                await worker_heard.until(lambda heard=worker_heard: len(heard.frames) == 2)
+            assert heard.ended == []
+            assert [worker_heard.ended for _, worker_heard in workers] == [[]] * len(workers)
 
 
 async def test_a_peer_with_a_blocked_lease_but_a_voice_lives(broker_server: BrokerServer) -> None:
