@@ -41,6 +41,9 @@ _LOGGER: Final = logging.getLogger("trunkline.interface")
 _SLICE_CONNECTIONS: Final = 32
 _SLICE_S: Final = 0.005
 
+# A message counts at least so much where it waits: ten thousand empty ones are not free.
+_HELD_BYTES_MIN: Final = 64
+
 # When the process holds too much, clients go until this share of the limit is left, so that the next broadcast does
 # not begin to search again.
 _EVICT_TO: Final = 0.9
@@ -49,21 +52,18 @@ _EVICT_TO: Final = 0.9
 class Broadcast:
     """One ``websocket.send`` for many clients. Raises ValueError if the event is not a valid one."""
 
-    __slots__ = ("_frame", "opcode", "payload")
+    __slots__ = ("_frame", "held_bytes", "opcode", "payload")
 
     def __init__(self, event: dict[str, Any]) -> None:
         message = read_message(event)
         if message is None or event.get("type") != "websocket.send":
             raise ValueError(f'not a websocket.send with either "text" or "bytes": {event!r:.200}')
         self.opcode, self.payload = message
+        self.held_bytes = max(_HELD_BYTES_MIN, len(self.payload))  # what it counts where it waits
         self._frame: bytes | None = None  # built when the first connection wants it
 
     def __repr__(self) -> str:
         return f"<Broadcast opcode={self.opcode} payload={len(self.payload)} bytes>"
-
-    def __len__(self) -> int:
-        """Bytes this counts where it waits."""
-        return len(self.payload)
 
     @property
     def frame(self) -> bytes:

@@ -50,9 +50,6 @@ _LOGGER: Final = logging.getLogger("trunkline.interface")
 # are held by every waiting connection, so this is less than a window.
 UNCLAIMED_BYTES_MAX: Final = 64 * 1024
 
-# A message counts at least so much where it waits: ten thousand empty ones are not free.
-_HELD_BYTES_MIN: Final = 64
-
 
 @quick
 class State(Enum):
@@ -365,7 +362,18 @@ class ClientConnection:
         return True
 
     def queue_broadcast(self, broadcast: Broadcast) -> bool:
-        return self._queue_for_group((_Held.BROADCAST, broadcast, max(_HELD_BYTES_MIN, len(broadcast))))
+        item = (_Held.BROADCAST, broadcast, broadcast.held_bytes)
+        if not self._accepting or self._paused or self._client is None:
+            return self._queue_for_group(item)
+        # As _queue_item, for what happens a thousand times for each message.
+        if self._queue is None:
+            self._queue = deque((item,))
+        else:
+            self._queue.append(item)
+        if self._flush_wanted:
+            return False
+        self._flush_wanted = True
+        return True
 
     def queue_group_event(self, event: dict[str, Any], size_bytes: int, *, before_accept: bool) -> bool:
         """Queue an event that a group sent; ``before_accept``: it does not wait for ``accept_broadcasts``."""

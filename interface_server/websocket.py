@@ -279,9 +279,11 @@ class WebSocketClient:
         self._carry_out(self._session.application_event(event))
 
     def send_broadcast(self, broadcast: Broadcast) -> None:
-        assert self._session is not None
-        if self._session.frame_sent():
-            self._write(broadcast.frame)
+        session = self._session
+        assert session is not None
+        # A message leaves an open session as it is; of a thousand connections nearly all are open.
+        if session.state is State.OPEN or session.frame_sent():
+            self._transport.write(broadcast.frame)
 
     def application_receiving(self) -> None:
         """Nothing waits for it: what a WebSocket client sends is sent on as it comes."""

@@ -19,7 +19,8 @@ def test_the_frame_is_built_once():
     broadcast = message("hällo")
     assert broadcast.frame == build_frame(TEXT, "hällo".encode())
     assert broadcast.frame is broadcast.frame
-    assert (broadcast.opcode, broadcast.payload, len(broadcast)) == (TEXT, "hällo".encode(), 6)
+    assert (broadcast.opcode, broadcast.payload, broadcast.held_bytes) == (TEXT, "hällo".encode(), 64)
+    assert Broadcast({"type": "websocket.send", "text": "x" * 65}).held_bytes == 65
 
 
 def test_binary_and_empty_messages():
