@@ -6,7 +6,11 @@ records are in its memory.
 """
 
 import asyncio
+import gc
+from collections import Counter
 from urllib.parse import parse_qs
+
+from channel_layer import get_channel_layer
 
 STARTED = []  # one entry for each lifespan.startup: (id of the loop, the lifespan scope)
 RECORDS = {}
@@ -76,6 +80,17 @@ async def record(scope, receive, send, arguments):
     async with asyncio.timeout(15):
         await OVER.setdefault(arguments["key"], asyncio.Event()).wait()
     await respond(send, repr(RECORDS[arguments["key"]]).encode())
+
+
+async def show_objects(scope, receive, send, arguments):
+    """How many objects of each kind that belongs to connections the worker holds, and in which of its tables."""
+    gc.collect()
+    kinds = Counter(type(thing).__name__ for thing in gc.get_objects())
+    held = {kind: kinds[kind] for kind in ("Instance", "IncomingEvents", "OutgoingEvents", "HttpEvents")}
+    held["tasks"] = len(asyncio.all_tasks())
+    process = get_channel_layer().epoch_of.__self__
+    tables = {name: len(value) for name, value in vars(process).items() if isinstance(value, dict | list | set)}
+    await respond(send, repr(held | tables).encode())
 
 
 async def show_keys(scope, receive, send, arguments):
@@ -171,6 +186,19 @@ async def headers(scope, receive, send, arguments):
     await respond(send, b"body", headers=pairs)
 
 
+async def sse(scope, receive, send, arguments):
+    """A stream in the group ?group=, which it never leaves."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"begin", "more_body": True})
+    await get_channel_layer().group_add(arguments["group"], reply_channel(scope))
+    await send({"type": "http.response.body", "body": b"joined", "more_body": True})
+    await until_disconnect(receive)
+
+
+def reply_channel(scope):
+    return scope["extensions"]["channel_layer"]["reply_channel"]
+
+
 INVALID_HTTP = [
     {"type": "http.response.body", "body": b"before the start"},
     {"type": "http.response.start"},
@@ -208,6 +236,7 @@ async def failure_of(call):
 HTTP = {
     "/record": record,
     "/keys": show_keys,
+    "/objects": show_objects,
     "/scope": show_scope,
     "/lifespan": show_lifespan,
     "/echo": echo,
@@ -221,6 +250,7 @@ HTTP = {
     "/flood": flood,
     "/after-complete": after_complete,
     "/headers": headers,
+    "/sse": sse,
     "/invalid": invalid,
 }
 
@@ -289,6 +319,17 @@ async def ws_close(scope, receive, send, arguments):
     await send({"type": "websocket.send", "text": "too late"})
 
 
+async def ws_member(scope, receive, send, arguments):
+    """Joins ?group= and never leaves it; what the client sends goes to the group."""
+    layer = get_channel_layer()
+    await receive()
+    await send({"type": "websocket.accept"})
+    await layer.group_add(arguments["group"], reply_channel(scope))
+    await send({"type": "websocket.send", "text": "joined"})
+    while (event := await receive())["type"] == "websocket.receive":
+        await layer.group_send(arguments["group"], {"type": "websocket.send", "text": event["text"]})
+
+
 async def ws_never_accept(scope, receive, send, arguments):
     await until_disconnect(receive)
 
@@ -349,6 +390,7 @@ WEBSOCKET = {
     "/return": ws_return,
     "/return-early": ws_return_early,
     "/close": ws_close,
+    "/member": ws_member,
     "/never-accept": ws_never_accept,
     "/wait": ws_wait,
     "/flood": ws_flood,

@@ -1,0 +1,240 @@
+"""Thousands of connections that begin and end in every way, and then: nothing is left of them, anywhere."""
+
+import ast
+import asyncio
+import os
+import random
+import re
+import socket
+import struct
+
+import httpx
+import redis
+
+from tests.system.processes import Served, memory_bytes, wait_until
+
+APP = "tests.system.conformance_app:application"
+MIB = 1024**2
+ROUNDS = 6
+EACH = 50  # connections of each way and round
+AT_ONCE = 40
+# Allocators keep some of what they got. A leak of one connection's objects (some KB) would be more after a round.
+GROWTH_BYTES_MAX = 6 * MIB
+
+
+class Visit:
+    """One client socket, to be used with ``async with``."""
+
+    def __init__(self, port):
+        self.port = port
+
+    async def __aenter__(self):
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        return self
+
+    async def __aexit__(self, *_):
+        self.writer.close()
+
+    def send(self, text, body=b""):
+        self.writer.write(text.replace("\n", "\r\n").encode() + body)
+
+    def get(self, target, *headers):
+        self.send("\n".join([f"GET {target} HTTP/1.1", "Host: x", *headers, "", ""]))
+
+    async def upgrade(self, target):
+        key = "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg=="
+        self.get(target, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key)
+        return await self.reader.readuntil(b"\r\n\r\n")
+
+    def message(self, text):
+        self.writer.write(bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text)
+
+    def polite_close(self):
+        self.writer.write(b"\x88\x82\0\0\0\0\x03\xe8")
+
+    def reset(self):
+        ours = self.writer.get_extra_info("socket")
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+async def http_kept_alive(visit):
+    for _ in range(3):
+        visit.get("/answer")
+        await visit.reader.readuntil(bytes(5))
+
+
+async def http_closed(visit):
+    visit.get("/answer", "Connection: close")
+    assert b" 200 " in await visit.reader.read()
+
+
+async def http_failed(visit):
+    visit.get("/fail", "Connection: close")
+    assert b" 500 " in await visit.reader.read()
+
+
+async def http_cut(visit):
+    visit.get("/half")
+    assert b"half" in await visit.reader.read()
+
+
+async def http_upload(visit):
+    visit.send("POST /echo HTTP/1.1\nHost: x\nContent-Length: 300000\nConnection: close\n\n", bytes(300_000))
+    assert len(await visit.reader.read()) > 300_000
+
+
+async def http_refused(visit):
+    visit.send("GET / HTTP/1.1\nHost: x\nHost: y\n\n")
+    assert b" 400 " in await visit.reader.read()
+
+
+async def http_left_at_once(visit):
+    visit.get("/silent")
+    await visit.writer.drain()
+    visit.reset()
+
+
+async def http_left_while_it_waits(visit):
+    visit.get("/stream")
+    await visit.reader.readuntil(b"first")
+    random.choice((visit.reset, visit.writer.close))()
+
+
+async def http_left_in_its_body(visit):
+    visit.send("POST /silent HTTP/1.1\nHost: x\nContent-Length: 100000\n\n", bytes(50_000))
+    await visit.writer.drain()
+    random.choice((visit.reset, visit.writer.close))()
+
+
+async def http_left_in_the_response(visit):
+    visit.get("/flood")
+    await visit.reader.readexactly(200_000)
+    visit.reset()
+
+
+async def http_member_left(visit):
+    visit.get(f"/sse?group=stream{random.randrange(20)}")
+    await visit.reader.readuntil(b"joined")
+    visit.reset()
+
+
+async def websocket_closed(visit):
+    assert b" 101 " in await visit.upgrade("/echo")
+    visit.message(b"hello")
+    assert await visit.reader.readexactly(7) == b"\x81\x05hello"
+    visit.polite_close()
+    assert await visit.reader.read() == b"\x88\x02\x03\xe8"
+
+
+async def websocket_closed_by_the_application(visit):
+    await visit.upgrade("/close?code=4000")
+    visit.polite_close()
+    assert await visit.reader.read() == b"\x88\x02\x0f\xa0"
+
+
+async def websocket_failed(visit):
+    await visit.upgrade("/fail")
+    visit.polite_close()
+    assert await visit.reader.read() == b"\x88\x02\x03\xf3"
+
+
+async def websocket_refused(visit):
+    assert b" 403 " in await visit.upgrade("/refuse")
+
+
+async def websocket_left_before_the_accept(visit):
+    visit.get("/never-accept", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+    await visit.writer.drain()
+    visit.reset()
+
+
+async def websocket_left(visit):
+    await visit.upgrade("/wait")
+    random.choice((visit.reset, visit.writer.close))()
+
+
+async def websocket_left_in_a_flood(visit):
+    await visit.upgrade("/flood")
+    await visit.reader.readexactly(100_000)
+    visit.reset()
+
+
+async def websocket_member_closed(visit):
+    await visit.upgrade(f"/member?group=group{random.randrange(20)}")
+    await visit.reader.readuntil(b"joined")
+    visit.message(b"to all")
+    await visit.reader.readuntil(b"to all")
+    visit.polite_close()
+    await visit.reader.read()
+
+
+async def websocket_member_left(visit):
+    await visit.upgrade(f"/member?group=group{random.randrange(20)}")
+    await visit.reader.readuntil(b"joined")
+    visit.reset()
+
+
+WAYS = [value for name, value in list(globals().items()) if name.startswith(("http_", "websocket_"))]
+
+
+async def one_round(port):
+    places = asyncio.Semaphore(AT_ONCE)
+
+    async def one(way):
+        async with places, asyncio.timeout(20), Visit(port) as visit:
+            await way(visit)
+
+    ways = WAYS * EACH
+    random.shuffle(ways)
+    await asyncio.gather(*[one(way) for way in ways])
+
+
+class Household:
+    """What the processes of one command hold."""
+
+    def __init__(self, served):
+        self.url = served.url
+        self.pids = {"interface server": served.pids("interface server")[0], "worker": served.pids("worker")[0]}
+        self.redis = redis.Redis.from_url(served.redis_url)
+
+    def look(self):
+        """Everything that must be as before when all connections are over."""
+        return {
+            "keys": sorted(self.redis.scan_iter(count=1000)),
+            "worker": ast.literal_eval(httpx.get(self.url + "/objects").text),
+        }
+
+    def descriptors(self):
+        return {role: len(os.listdir(f"/proc/{pid}/fd")) for role, pid in self.pids.items()}
+
+    def memory(self):
+        return {role: memory_bytes(pid) for role, pid in self.pids.items()}
+
+
+def test_nothing_is_left_of_connections_that_are_over():
+    with Served(APP, "--workers", "1", "--no-access-log") as served:
+        household = Household(served)
+        wait_until(lambda: len(list(household.redis.scan_iter("*lease*"))) == 2, 10, "both processes have a lease")
+        before, descriptors_before = household.look(), household.descriptors()
+        assert before["worker"]["Instance"] == 1  # the one that answers
+        asyncio.run(one_round(served.port))  # fills the caches and the allocators' pools
+        memory_before = household.memory()
+        for _ in range(ROUNDS):
+            asyncio.run(one_round(served.port))
+        # Clients that closed their socket while they waited for a response count as gone after 5 s.
+        wait_until(lambda: household.look() == before, 15, "everything is as before")
+        wait_until(
+            lambda: all(count < descriptors_before[role] + 5 for role, count in household.descriptors().items()),
+            15,
+            "the sockets are closed",
+        )
+        growth = {role: now - memory_before[role] for role, now in household.memory().items()}
+        assert all(grown < GROWTH_BYTES_MAX for grown in growth.values()), growth
+        household.redis.close()
+        served.stop()
+        told = served.output
+    errors = [line for line in told.splitlines() if line.startswith(("ERROR", "CRITICAL", "WARNING"))]
+    assert not [line for line in errors if not re.search(r" /(half|fail)\b", line)]
+    assert re.search(r"<Connections open=0 known=0 parked=0 openings=0 workers=0 <BroadcastMemory 0 of", told)
+    assert re.search(r"<WorkerProcess \w+: 0 http, 0 websocket> stops", told)
