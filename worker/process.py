@@ -296,15 +296,25 @@ class WorkerProcess:
                 logger.debug("no openings of %s: %s", channel, error)
                 await asyncio.sleep(TAKE_RETRY_S)
                 continue
-            for data in taken:
-                self._open(protocol, data)
+            opened = [instance for data in taken if (instance := self._open(protocol, data)) is not None]
+            for instance in opened:
+                if instance.is_safe:
+                    instance.start()
+                else:
+                    self._unanswered[instance] = self._loop.time() + GRANT_TIMEOUT_S
+                    self._arm_grant_timer()
+            # Behind the starts: the links push what they have when these have had their first turn, so the answer of
+            # an application that does not wait leaves with its claim, and not a round trip of the broker later.
+            for instance in opened:
+                self._layer.link_send(instance.peer, build_claim(instance.connection, instance.epoch))
 
     def _taker_done(self, taker: asyncio.Task[None]) -> None:
         error = taker.exception() if not taker.cancelled() else None
         if error is not None and not self._failure.done():
             self._failure.set_result(error)
 
-    def _open(self, protocol: str, data: bytes) -> None:
+    def _open(self, protocol: str, data: bytes) -> Instance | None:
+        """Make the instance of an opening; None if there is nothing to claim."""
         try:
             opening = decode_opening(data)
             if opening.scope.get("type") != protocol:
@@ -314,7 +324,7 @@ class WorkerProcess:
             if of_peer is not None and key in of_peer:
                 # A retry, or a broker that went back in time. The first copy has claimed it.
                 self._duplicate_count += 1
-                return
+                return None
             self._complete_scope(opening)
             instance = Instance(
                 opening,
@@ -329,12 +339,12 @@ class WorkerProcess:
             # Its interface server will miss a claim, and refuse the client after --queue-timeout.
             self._unreadable_count += 1
             logger.error("an opening is dropped: %s", error)
-            return
+            return None
         except Exception:
             # A fault of ours, or a scope that no release of ours writes; the next one must be taken all the same.
             self._unreadable_count += 1
             logger.exception("an opening is dropped")
-            return
+            return None
         if of_peer is None:
             of_peer = self._peers.setdefault(opening.interface, {})
         of_peer[key] = instance
@@ -342,12 +352,7 @@ class WorkerProcess:
         self._counts[protocol] += 1
         self._idle.clear()
         self._opened_count += 1
-        self._layer.link_send(opening.interface, build_claim(opening.connection, opening.epoch))
-        if instance.is_safe:
-            instance.start()
-        else:
-            self._unanswered[instance] = self._loop.time() + GRANT_TIMEOUT_S
-            self._arm_grant_timer()
+        return instance
 
     def _complete_scope(self, opening: Opening) -> None:
         """Add what only this process knows; msgpack's lists become the tuples that servers give elsewhere."""

@@ -91,6 +91,26 @@ async def test_a_safe_request_is_claimed_and_runs_before_the_grant(bench: Bench)
     assert bench.process.instances() == []
 
 
+async def test_answers_of_applications_that_do_not_wait_leave_with_their_claims(bench: Bench) -> None:
+    """A link pushes at the end of the turn in which it was first given something, and then waits for the broker."""
+    bench.application.release.set()
+    first_push: list[list[Any]] = []
+    link_send = bench.layer.link_send
+
+    def send_and_push(peer: str, frame: bytes) -> None:
+        if not bench.layer.frames:
+            asyncio.get_running_loop().call_soon(lambda: first_push.extend(bench.layer.frames))
+        link_send(peer, frame)
+
+    bench.layer.link_send = send_and_push  # type: ignore[method-assign]
+    await bench.layer.offer(*(make_opening(http_scope(), connection=number, first=REQUEST) for number in (1, 2)))
+    await turns()
+    assert [FrameKind(frame[1]) for frame in first_push] == [
+        *[FrameKind.CLAIM] * 2,
+        *[FrameKind.EVENT, FrameKind.EVENT, FrameKind.END] * 2,
+    ]
+
+
 @pytest.mark.parametrize("verdict", [FrameKind.GRANT, FrameKind.CLOSED])
 async def test_the_answer_to_the_claim_of_a_call_that_is_over_is_not_answered(
     bench: Bench, verdict: FrameKind
