@@ -209,7 +209,7 @@ INVALID_HTTP = [
     {"type": "http.bogus"},
     {"type": "websocket.send", "text": "x"},
     {"no type": 1},
-    {"type": "http.response.pathsend", "path": "/etc/hostname"},
+    {"type": "http.response.push", "path": "/", "headers": []},  # of an extension that is not offered
 ]
 
 
@@ -356,7 +356,6 @@ INVALID_EARLY = [
     {"type": "websocket.accept", "headers": [(b"sec-websocket-protocol", b"x")]},
     {"type": "websocket.accept", "headers": [("name", "value")]},
     {"type": "websocket.accept", "subprotocol": b"x"},
-    {"type": "websocket.http.response.start", "status": 200},
     {"type": "http.response.start", "status": 200},
 ]
 INVALID_OPEN = [
