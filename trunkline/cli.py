@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"trunkline: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before there was a signal handler: while it looks at the broker, say
+        return 0
 
 
 def _take_activated_socket(options: argparse.Namespace) -> None:

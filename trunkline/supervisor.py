@@ -81,9 +81,10 @@ class Child:
         self.spec = spec
         self.process: asyncio.subprocess.Process | None = None
         self.ready: asyncio.Future[bool] | None = None  # True: ready; False: ended before it was
+        self.ready_pipe: int | None = None  # our end of it, until a line or the end of file was read
+        self.keeper: asyncio.Task[None] | None = None  # starts another when it has ended
         self.started_at = 0.0
         self.deaths_in_a_row = 0
-        self.expected_to_end = False
 
     def __repr__(self) -> str:
         pid = self.process.pid if self.process is not None else None
@@ -127,7 +128,6 @@ class Supervisor:
         self._parent_death_signal = load_parent_death_signal()
         self._lifeline_read, self._lifeline_write = os.pipe()  # the write end is never inherited
         self._stop_requested: asyncio.Event | None = None
-        self._keepers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<Supervisor {self.phase.value}, {sum(child.alive for child in self.children)} processes>"
@@ -144,10 +144,14 @@ class Supervisor:
             if await self._start():
                 self.phase = Phase.RUNNING
                 self._on_ready()
-                reloader = asyncio.create_task(self._reload_on_change()) if self._watch is not None else None
+                reloader: asyncio.Task[None] | None = None
+                if self._watch is not None:
+                    reloader = asyncio.create_task(self._reload_on_change(), name="restart workers on changes")
+                    reloader.add_done_callback(self._keeper_ended)
                 await self._stop_requested.wait()
                 if reloader is not None:
                     reloader.cancel()
+                    await asyncio.wait((reloader,))
             self.phase = Phase.STOPPING
             await self._stop()
         finally:
@@ -184,7 +188,6 @@ class Supervisor:
         if self._broker_child is not None:
             await self._spawn(self._broker_child)
             if not await self._broker_answers():
-                self._status = 1
                 return False
             self._keep(self._broker_child)
         # One of each kind first: what is wrong with the application is then said once, not by every worker.
@@ -210,17 +213,23 @@ class Supervisor:
         return True
 
     async def _broker_answers(self) -> bool:
+        """Wait for the broker; False if it cannot be used (``_status`` is set) or a signal came."""
         assert self.broker is not None
         assert self._broker_child is not None
+        assert self._stop_requested is not None
         deadline = time.monotonic() + BROKER_START_TIMEOUT_S
         while time.monotonic() < deadline:
+            if self._stop_requested.is_set():
+                return False
             if not self._broker_child.alive:
+                self._status = 1
                 logger.error("the broker (%s) ended at once; run it by hand to see why", self.broker.program)
                 return False
             if await asyncio.to_thread(self.broker.answers):
                 return True
             # The broker has no way to tell us; it is up within some 20 ms.
             await asyncio.sleep(0.01)
+        self._status = 1
         logger.error("the broker (%s) does not answer on %s", self.broker.program, self.broker.socket_path)
         return False
 
@@ -230,7 +239,8 @@ class Supervisor:
         pass_fds = list(child.spec.pass_fds)
         ready_read = ready_write = None
         child.ready = loop.create_future()
-        child.expected_to_end = False
+        # Open still if the last one started a process that outlives it and holds the other end.
+        self._close_ready_pipe(child)
         if child.spec.role is not Role.BROKER:
             ready_read, ready_write = os.pipe()
             environment[READY_VARIABLE] = str(ready_write)
@@ -256,35 +266,48 @@ class Supervisor:
                 os.close(ready_write)
         child.started_at = loop.time()
         if ready_read is not None:
-            loop.add_reader(ready_read, self._ready_pipe_readable, child, child.ready, ready_read)
+            child.ready_pipe = ready_read
+            loop.add_reader(ready_read, self._ready_pipe_readable, child, ready_read)
         logger.debug("%s started, pid %d", child.spec.title, child.process.pid)
 
-    @staticmethod
-    def _ready_pipe_readable(child: Child, ready: asyncio.Future[bool], descriptor: int) -> None:
+    def _ready_pipe_readable(self, child: Child, descriptor: int) -> None:
         line = os.read(descriptor, 4096)
-        asyncio.get_running_loop().remove_reader(descriptor)
-        os.close(descriptor)
-        if line and not ready.done():
+        self._close_ready_pipe(child)
+        if line and child.ready is not None and not child.ready.done():
             logger.debug("%s: %s", child.spec.title, line.decode("utf-8", "replace").strip())
-            ready.set_result(True)
+            child.ready.set_result(True)
         # End of file without a line: the process has ended or is about to; its keeper sees that.
+
+    @staticmethod
+    def _close_ready_pipe(child: Child) -> None:
+        if child.ready_pipe is not None:
+            asyncio.get_running_loop().remove_reader(child.ready_pipe)
+            os.close(child.ready_pipe)
+            child.ready_pipe = None
 
     # Keeping alive
 
     def _keep(self, child: Child) -> None:
-        task = asyncio.create_task(self._keep_alive(child), name=f"keep {child.spec.title} alive")
-        self._keepers.add(task)
-        task.add_done_callback(self._keeper_ended)
+        child.keeper = asyncio.create_task(self._keep_alive(child), name=f"keep {child.spec.title} alive")
+        child.keeper.add_done_callback(self._keeper_ended)
+
+    async def _keep_no_more(self, children: Sequence[Child]) -> None:
+        """From now on nothing is started in the place of ``children``; what runs, runs on."""
+        keepers = [child.keeper for child in children if child.keeper is not None]
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
 
     def _keeper_ended(self, task: asyncio.Task[None]) -> None:
-        self._keepers.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
+            assert self._stop_requested is not None
             logger.critical("%s failed", task.get_name(), exc_info=error)
             self._status = 1
-            self._signalled()
+            self._stop_requested.set()
 
     async def _keep_alive(self, child: Child) -> None:
         loop = asyncio.get_running_loop()
+        assert self._stop_requested is not None
         while True:
             assert child.process is not None
             assert child.ready is not None
@@ -292,7 +315,7 @@ class Supervisor:
             was_ready = child.ready.done()
             if not was_ready:
                 child.ready.set_result(False)
-            if child.expected_to_end or self._stopping():
+            if self._stop_requested.is_set():
                 return
             if self.phase is Phase.STARTING and child.spec.role is not Role.BROKER and not was_ready:
                 # It has said why itself. What cannot start now would not start the next time.
@@ -303,19 +326,26 @@ class Supervisor:
                 return
             if loop.time() - child.started_at > STEADY_AFTER_S:
                 child.deaths_in_a_row = 0
+            logger.error("%s %s", child.spec.title, _how_it_ended(status))
+            await self._start_another(child)
+
+    async def _start_another(self, child: Child) -> None:
+        """Wait, and start a process, until that succeeds."""
+        while True:
             delay_s = child.restart_delay_s()
             child.deaths_in_a_row += 1
-            logger.error("%s %s; starting another in %.1f s", child.spec.title, _how_it_ended(status), delay_s)
+            logger.warning("%s: starting another in %.1f s", child.spec.title, delay_s)
             await asyncio.sleep(delay_s)
-            if self._stopping():
-                return
             if child.spec.role is Role.BROKER and self.broker is not None:
                 with contextlib.suppress(FileNotFoundError):
                     self.broker.socket_path.unlink()
-            await self._spawn(child)
-
-    def _stopping(self) -> bool:
-        return self.phase is Phase.STOPPING
+            try:
+                await self._spawn(child)
+            except OSError as error:
+                # No memory, processes or descriptors left, for now; the others serve on.
+                logger.error("%s could not be started: %s", child.spec.title, error)
+            else:
+                return
 
     async def _reload_on_change(self) -> None:
         assert self._watch is not None
@@ -323,6 +353,8 @@ class Supervisor:
             path = await self._watch.changed()
             logger.warning("%s changed: restarting the workers", path)
             workers = [child for child in self.children if child.spec.role is Role.WORKER]
+            # First the keepers: one that waits to replace a dead worker would start a second one beside ours.
+            await self._keep_no_more(workers)
             await asyncio.gather(*(self._end(child, RELOAD_STOP_TIMEOUT_S) for child in workers))
             for child in workers:
                 child.deaths_in_a_row = 0
@@ -333,18 +365,15 @@ class Supervisor:
 
     async def _stop(self) -> None:
         """Interface servers first, so that clients hear of it; then the workers; the broker carries both."""
+        await self._keep_no_more(self._all_children())
         for role in (Role.INTERFACE, Role.WORKER):
             await asyncio.gather(
                 *(self._end(child, STOP_TIMEOUT_S) for child in self.children if child.spec.role is role)
             )
         if self._broker_child is not None:
             await self._end(self._broker_child, BROKER_STOP_TIMEOUT_S)
-        for keeper in list(self._keepers):  # those that wait to start another
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
 
     async def _end(self, child: Child, timeout_s: float) -> None:
-        child.expected_to_end = True
         if not child.alive or child.process is None:
             return
         child.process.terminate()

@@ -1,0 +1,220 @@
+"""Processes that die, cannot be started, are in the way or will not end. They are little scripts, not servers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.processes import children_of
+from trunkline import supervisor as module
+from trunkline.broker import EmbeddedBroker
+from trunkline.reload import SourceWatch
+from trunkline.supervisor import ProcessSpec, Role, Supervisor
+
+PATIENCE_S = 20.0
+READY = "import os, sys, time; os.write(int(os.environ['TRUNKLINE_READY_FD']), b'ready\\n'); "
+STAYS = READY + "time.sleep(60)"
+
+
+def script(code: str, *, role: Role = Role.WORKER, number: int = 1) -> ProcessSpec:
+    return ProcessSpec(role=role, number=number, command=[sys.executable, "-S", "-E", "-c", code])
+
+
+@contextlib.asynccontextmanager
+async def running(supervisor: Supervisor, status: int = 0) -> AsyncIterator[asyncio.Task[int]]:
+    """Run it until the end of the block, then stop it as a signal does."""
+    task = asyncio.create_task(supervisor.run())
+    try:
+        yield task
+    finally:
+        if not task.done():
+            os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(PATIENCE_S):
+            assert await task == status
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+        assert mine(supervisor) == []
+
+
+def mine(supervisor: Supervisor) -> list[int]:
+    """Processes that we started, zombies included."""
+    return [pid for pid, command in children_of(os.getpid()) if not command or "TRUNKLINE_READY_FD" in command]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - other processes tell us nothing
+            await asyncio.sleep(0.01)
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_fifty_restarts_leave_no_descriptor_and_no_zombie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 0.0)
+    supervisor = Supervisor([script(READY + "sys.exit(3)")])
+    (child,) = supervisor.children
+    async with running(supervisor):
+        await until(lambda: child.deaths_in_a_row >= 5)
+        before = open_descriptors()
+        await until(lambda: child.deaths_in_a_row >= 55)
+        # Of the process of this moment there may be a pipe and a pidfd more or less.
+        assert abs(open_descriptors() - before) <= 3
+        assert len(mine(supervisor)) <= 2
+
+
+async def test_what_a_dead_process_leaves_running_holds_no_descriptors_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An application's own subprocess may inherit the other end of the pipe that says "ready"."""
+    monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 0.0)
+    marker = tmp_path / "started before"
+    code = (
+        f"import os, subprocess, pathlib; marker = pathlib.Path({str(marker)!r})\n"
+        "if not marker.exists():\n"
+        "    marker.touch(); os.write(int(os.environ['TRUNKLINE_READY_FD']), b'ready\\n'); raise SystemExit(1)\n"
+        "subprocess.Popen(['sleep', '4'], close_fds=False); raise SystemExit(1)\n"
+    )
+    supervisor = Supervisor([script(code)])
+    (child,) = supervisor.children
+    async with running(supervisor):
+        await until(lambda: child.deaths_in_a_row >= 3)
+        before = open_descriptors()
+        await until(lambda: child.deaths_in_a_row >= 15)
+        assert abs(open_descriptors() - before) <= 3
+
+
+async def test_a_process_that_cannot_be_started_for_now_is_tried_again_and_the_others_serve_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 0.05)
+    supervisor = Supervisor([script(STAYS, role=Role.INTERFACE), script(STAYS)])
+    interface, worker = supervisor.children
+    async with running(supervisor) as task:
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        assert interface.process is not None
+        assert worker.process is not None
+        pids = interface.process.pid, worker.process.pid
+        start = asyncio.create_subprocess_exec
+        refused = 0
+
+        async def refuse_twice(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+            nonlocal refused
+            if refused < 2:
+                refused += 1
+                raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+            return await start(*command, **options)
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", refuse_twice)
+        os.kill(pids[1], signal.SIGKILL)
+        await until(lambda: worker.alive and worker.is_ready and worker.process.pid != pids[1])
+        assert refused == 2
+        assert not task.done()
+        assert interface.alive
+        assert interface.process.pid == pids[0]
+
+
+class Watch(SourceWatch):
+    """Files change when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.change = asyncio.Event()
+
+    async def changed(self) -> str:
+        await self.change.wait()
+        self.change.clear()
+        return "application.py"
+
+
+async def test_a_change_while_a_dead_worker_waits_to_be_replaced_starts_one_worker_not_two(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_S", 0.5)
+    fixed = tmp_path / "fixed"
+    code = READY + f"time.sleep(60 if os.path.exists({str(fixed)!r}) else 0); sys.exit(1)"
+    watch = Watch()
+    supervisor = Supervisor([script(code)], watch=watch)
+    (child,) = supervisor.children
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING and child.deaths_in_a_row == 1)
+        fixed.touch()
+        watch.change.set()
+        await until(lambda: child.alive and child.is_ready)
+        await asyncio.sleep(1.0)  # longer than the wait that was under way
+        assert len(mine(supervisor)) == 1
+
+
+async def test_stopping_while_a_process_waits_to_be_replaced_does_not_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_S", 60.0)
+    monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 60.0)
+    supervisor = Supervisor([script(READY + "sys.exit(1)")])
+    async with running(supervisor):
+        await until(lambda: supervisor.children[0].deaths_in_a_row == 1)
+
+
+async def test_a_process_that_ends_before_it_is_ready_ends_the_command_with_its_status() -> None:
+    supervisor = Supervisor([script(STAYS, role=Role.INTERFACE), script("raise SystemExit(7)")])
+    async with running(supervisor, status=7) as task:
+        await asyncio.wait((task,), timeout=PATIENCE_S)
+
+
+async def test_a_signal_during_the_start_ends_it_with_status_0() -> None:
+    supervisor = Supervisor([script("import time; 'TRUNKLINE_READY_FD'; time.sleep(60)")])
+    async with running(supervisor):
+        await until(lambda: supervisor.children[0].alive)
+
+
+class DumbBroker(EmbeddedBroker):
+    """Runs and answers nobody."""
+
+    def command_line(self) -> list[str]:
+        return ["sleep", "60"]
+
+    def answers(self) -> bool:
+        return False
+
+
+async def test_a_signal_while_the_broker_starts_is_obeyed_at_once() -> None:
+    broker = DumbBroker("sleep")
+    try:
+        supervisor = Supervisor([script(STAYS)], broker=broker)
+        async with asyncio.timeout(5.0), running(supervisor):
+            await until(lambda: supervisor.broker is not None and supervisor._all_children()[-1].alive)
+    finally:
+        broker.remove()
+
+
+async def test_a_frozen_process_is_killed_after_its_time_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STOP_TIMEOUT_S", 0.3)
+    supervisor = Supervisor([script(STAYS)])
+    (child,) = supervisor.children
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        assert child.process is not None
+        child.process.send_signal(signal.SIGSTOP)
+
+
+async def test_a_second_signal_ends_what_does_not_obey_the_first() -> None:
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + STAYS
+    supervisor = Supervisor([script(code)])
+    async with running(supervisor) as task:
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await until(lambda: supervisor.phase is module.Phase.STOPPING)
+        os.kill(os.getpid(), signal.SIGTERM)
+        async with asyncio.timeout(5.0):
+            await asyncio.wait((task,))
