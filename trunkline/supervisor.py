@@ -326,15 +326,14 @@ class Supervisor:
                 return
             if loop.time() - child.started_at > STEADY_AFTER_S:
                 child.deaths_in_a_row = 0
-            logger.error("%s %s", child.spec.title, _how_it_ended(status))
-            await self._start_another(child)
+            await self._start_another(child, _how_it_ended(status))
 
-    async def _start_another(self, child: Child) -> None:
+    async def _start_another(self, child: Child, what_happened: str) -> None:
         """Wait, and start a process, until that succeeds."""
         while True:
             delay_s = child.restart_delay_s()
             child.deaths_in_a_row += 1
-            logger.warning("%s: starting another in %.1f s", child.spec.title, delay_s)
+            logger.error("%s %s; starting another in %.1f s", child.spec.title, what_happened, delay_s)
             await asyncio.sleep(delay_s)
             if child.spec.role is Role.BROKER and self.broker is not None:
                 with contextlib.suppress(FileNotFoundError):
@@ -343,7 +342,7 @@ class Supervisor:
                 await self._spawn(child)
             except OSError as error:
                 # No memory, processes or descriptors left, for now; the others serve on.
-                logger.error("%s could not be started: %s", child.spec.title, error)
+                what_happened = f"could not be started: {error}"
             else:
                 return
 
