@@ -110,6 +110,11 @@ class ProcessLayer(ChannelLayer, Protocol):
     def link_is_congested(self, peer: str) -> bool:
         """True while the link holds more than its senders should add to; ``peer_ready`` says when it is over."""
 
+    def hold_inbox(self, held: bool) -> None:
+        """Take nothing more from our inbox while ``held``: our own loop is behind with what came. Never for a
+        socket or an application to become ready: those have credit.
+        """
+
     # Openings: elements of the normal channels http.request and websocket.connect
 
     def push_opening(self, channel: str, opening: bytes) -> Awaitable[bytes]:

@@ -230,7 +230,10 @@ class InboxStatistics:
 
 
 class InboxReader:
-    """Reads our own inbox for ever, in one task. Nothing it calls may wait for a socket or an application."""
+    """Reads our own inbox for ever, in one task. Nothing it calls may wait for a socket or an application.
+
+    The owner may ``hold`` it, but only for work that is our own loop's to do, never for somebody else.
+    """
 
     def __init__(
         self,
@@ -252,6 +255,8 @@ class InboxReader:
         # False while the last read of ``link`` was a full one, so that more is likely to wait (see liveness.py).
         self.is_current = True
         self._task: asyncio.Task[None] | None = None
+        self._may_read = asyncio.Event()
+        self._may_read.set()
         self._read_count = 0
         self._blob_count = 0
         self._letter_count = 0
@@ -271,6 +276,16 @@ class InboxReader:
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._read())
 
+    def hold(self, held: bool) -> None:
+        """Read nothing more while ``held``: this process has more to do than it gets done. What comes waits in the
+        broker, bounded by the windows of the links and the capacity of the mail.
+        """
+        if held:
+            self._may_read.clear()
+            self.is_current = False
+        else:
+            self._may_read.set()
+
     async def stop(self) -> None:
         """End the read; what it had taken when it was ended is back in the list."""
         if self._task is not None:
@@ -283,6 +298,7 @@ class InboxReader:
         turn = 0
         failures = 0  # in a row
         while True:
+            await self._may_read.wait()
             try:
                 taken = await self._reader.pop(self._orders[turn & 1], _READ_COUNT)
             except BrokerUnavailable:

@@ -616,6 +616,11 @@ class RedisProcessLayer(ChannelsBackend):
 
     # Groups
 
+    def hold_inbox(self, held: bool) -> None:
+        parts = self._parts
+        if parts is not None and parts.inbox is not None:
+            parts.inbox.hold(held)
+
     def forget_channels(self, channels: Collection[str]) -> None:
         """See base.ProcessLayer."""
         self._started().groups.forget(channels)

@@ -41,6 +41,12 @@ _LOGGER: Final = logging.getLogger("trunkline.interface")
 _SLICE_CONNECTIONS: Final = 32
 _SLICE_S: Final = 0.005
 
+# Writes that may be queued before the next messages are read from our inbox. Nobody else slows down who sends more than
+# our sockets can be written to, and the queues would grow for ever. At some 10 us each this is half a second of work,
+# and some 10 MB. At the limit the inbox is held until all of it is written; its links then fill, and their senders
+# drop what a group sends (process_layer.py).
+_BACKLOG_MAX: Final = 50_000
+
 # A message counts at least so much where it waits: ten thousand empty ones are not free.
 _HELD_BYTES_MIN: Final = 64
 
@@ -98,6 +104,7 @@ class FanOutStatistics:
     receiver_count: int  # over all broadcasts
     slice_count: int
     waiting_count: int  # connections that wait for their turn now
+    held_count: int  # how often the inbox was held
 
 
 class FanOut:
@@ -108,10 +115,17 @@ class FanOut:
         *,
         call_soon: Callable[[Callable[[], None]], object],
         clock: Callable[[], float],
+        hold_input: Callable[[bool], None],
         slice_connections: int = _SLICE_CONNECTIONS,
         slice_s: float = _SLICE_S,
+        backlog_max: int = _BACKLOG_MAX,
     ) -> None:
+        """``hold_input(True)`` is called when too much waits to be written, ``hold_input(False)`` when nothing does."""
         self._call_soon = call_soon
+        self._hold_input = hold_input
+        self._backlog_max = backlog_max
+        self._backlog = 0  # writes queued since nothing waited; nobody counts how many of them have been done
+        self._holds = False
         self._clock = clock  # seconds, monotonic
         self._slice_connections = slice_connections
         self._slice_s = slice_s
@@ -121,9 +135,10 @@ class FanOut:
         self._broadcast_count = 0
         self._receiver_count = 0
         self._slice_count = 0
+        self._held_count = 0
 
     def __repr__(self) -> str:
-        return f"<FanOut waiting={len(self._waiting)}>"
+        return f"<FanOut waiting={len(self._waiting)} backlog={self._backlog}>"
 
     def statistics(self) -> FanOutStatistics:
         return FanOutStatistics(
@@ -131,6 +146,7 @@ class FanOut:
             receiver_count=self._receiver_count,
             slice_count=self._slice_count,
             waiting_count=len(self._waiting),
+            held_count=self._held_count,
         )
 
     def deliver(self, broadcast: Broadcast, receivers: Iterable[Receiver]) -> None:
@@ -143,6 +159,12 @@ class FanOut:
             if receiver.queue_broadcast(broadcast):
                 waiting.append(receiver)
         self._receiver_count += count
+        if waiting:
+            self._backlog += count
+            if self._backlog > self._backlog_max and not self._holds:
+                self._holds = True
+                self._held_count += 1
+                self._hold_input(True)
         self._schedule()
 
     def add(self, receiver: Receiver) -> None:
@@ -171,6 +193,11 @@ class FanOut:
             # The clock is asked now and then: asking costs a tenth of a small write.
             if not done % 16 and self._clock() >= end:
                 break
+        if not waiting:
+            self._backlog = 0
+            if self._holds:
+                self._holds = False
+                self._hold_input(False)
         self._schedule()
 
 

@@ -100,7 +100,7 @@ class Connections:
         self.memory = BroadcastMemory(
             client_bytes_max=settings.client_buffer_bytes_max, total_bytes_max=settings.buffer_memory_bytes_max
         )
-        self._fan_out = FanOut(call_soon=loop.call_soon, clock=self._clock)
+        self._fan_out = FanOut(call_soon=loop.call_soon, clock=self._clock, hold_input=layer.hold_inbox)
         self._groups = GroupDelivery(fan_out=self._fan_out, clock=self._clock)
         self._open_count: Counter[str] = Counter()
         self._idle: asyncio.Future[None] | None = None  # somebody waits until no client is left

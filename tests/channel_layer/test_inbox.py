@@ -294,3 +294,31 @@ async def test_a_full_read_means_that_more_may_wait(broker_server: BrokerServer)
     async with asyncio.timeout(PATIENCE_S):
         await reader.stop()
     await broker.close()
+
+
+async def test_a_held_inbox_leaves_what_comes_in_the_broker(broker_server):
+    broker = Broker(broker_server.url, client_name="test")
+    await broker.connect()
+    received = Received()
+    reader = InboxReader(
+        broker.open_reader(),
+        link_key="{i}:link",
+        mail_key="{i}:mail",
+        blob_received=lambda data: (received.blob(data), reader.hold(True)),
+        letter_received=received.letter,
+        reader_restored=received.restored,
+    )
+    with broker_server.client() as client:
+        client.rpush("{i}:link", *[b"%d" % number for number in range(100)])
+        reader.start()
+        # The read that was under way is taken whole, the next one is not begun.
+        await until(lambda: len(received.blobs) == 64)
+        client.rpush("{i}:mail", b"a letter")
+        assert not reader.is_current
+        assert client.llen("{i}:link") == 36
+        assert received.letters == []
+        reader.hold(False)
+        await until(lambda: received.letters == [b"a letter"])
+    async with asyncio.timeout(PATIENCE_S):
+        await reader.stop()
+    await broker.close()

@@ -96,6 +96,7 @@ class Loop:
         self.now = 0.0
         self.step_s = step_s
         self.calls = []
+        self.held = []  # what hold_input was called with
 
     def call_soon(self, callback):
         self.calls.append(callback)
@@ -110,7 +111,7 @@ class Loop:
             call()
 
     def build(self, **arguments):
-        return FanOut(call_soon=self.call_soon, clock=self.clock, **arguments)
+        return FanOut(call_soon=self.call_soon, clock=self.clock, hold_input=self.held.append, **arguments)
 
 
 def test_nothing_is_written_before_the_loop_turns():
@@ -122,6 +123,27 @@ def test_nothing_is_written_before_the_loop_turns():
     loop.turn()
     assert all(len(receiver.written) == 1 for receiver in receivers)
     assert loop.calls == []
+
+
+def test_the_input_is_held_while_more_waits_than_is_written():
+    loop = Loop()
+    fan_out = loop.build(slice_connections=10, backlog_max=100)
+    receivers = [Receiver() for _ in range(50)]
+    fan_out.deliver(message(), receivers)
+    fan_out.deliver(message(), receivers)
+    assert loop.held == []
+    fan_out.deliver(message(), receivers)
+    fan_out.deliver(message(), receivers)  # what had been read already
+    assert loop.held == [True]
+    for _ in range(4):
+        loop.turn()
+    assert loop.held == [True]
+    loop.turn()
+    assert loop.held == [True, False]
+    assert all(len(receiver.written) == 4 for receiver in receivers)
+    fan_out.deliver(message(), receivers)
+    fan_out.deliver(message(), receivers)
+    assert fan_out.statistics().held_count == 1
 
 
 def test_broadcasts_of_one_turn_are_flushed_together_and_in_order():

@@ -58,6 +58,9 @@ class FakeLayer:
     def link_is_congested(self, peer):
         return peer in self.congested
 
+    def hold_inbox(self, held):
+        self.calls.append(("hold", None, held, None))
+
     def forget_channels(self, channels):
         self.forgotten.extend(channels)
 
