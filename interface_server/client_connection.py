@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Mapping
 from enum import Enum, IntEnum
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import FlowControlError, IncomingEvents, OutgoingEvents
@@ -129,7 +129,7 @@ class ClientConnection:
         client: Client,
         number: int,
         reply_channel: str,
-        protocol: Literal["http", "websocket"],
+        protocol: str,
         channel: str,
         window_bytes: int,
     ) -> None:
@@ -329,7 +329,7 @@ class ClientConnection:
         if self.protocol == "websocket":
             event = {"type": "websocket.disconnect", "code": refusal.close_code, "reason": refusal.reason}
         else:
-            event = {"type": "http.disconnect"}
+            event = {"type": f"{self.protocol}.disconnect"}
         self._leave(event)
         client.refused(refusal)
 

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Final, Literal, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from channel_layer.base import ProcessLayer
 from channel_layer.codec import decode_event, encode_event
@@ -52,6 +52,7 @@ class Timer(Protocol):
 class ConnectionsStatistics:
     http_open: int  # clients whose exchange is not over
     websocket_open: int
+    own_open: int  # of protocols beside HTTP and WebSocket
     leaving: int  # the client is gone, the instance not yet
     opened_total: int
     parked: int  # wait for the broker
@@ -118,12 +119,13 @@ class Connections:
 
     @property
     def open_count(self) -> int:
-        return self._open_count["http"] + self._open_count["websocket"]
+        return self._open_count.total()
 
     def statistics(self) -> ConnectionsStatistics:
         return ConnectionsStatistics(
             http_open=self._open_count["http"],
             websocket_open=self._open_count["websocket"],
+            own_open=self.open_count - self._open_count["http"] - self._open_count["websocket"],
             leaving=sum(connection.state is State.LEAVING for connection in self._connections.values()),
             opened_total=self._last_number,
             parked=len(self._parked),
@@ -146,13 +148,14 @@ class Connections:
         self,
         client: Client,
         *,
-        protocol: Literal["http", "websocket"],
+        protocol: str,
         scope: dict[str, Any],
         first_event: dict[str, Any] | None,
         tell_receiving: bool = False,
     ) -> ClientConnection:
         """Look for a worker that takes this connection; the client is called later, never before this returns.
 
+        A ``protocol`` beside "http" and "websocket" is somebody's own (own_protocol.py).
         Adds ``scope["extensions"]["channel_layer"]["reply_channel"]``.
         """
         self._last_number += 1
@@ -164,7 +167,7 @@ class Connections:
             number=number,
             reply_channel=reply_channel,
             protocol=protocol,
-            channel=_CHANNELS[protocol],
+            channel=_CHANNELS.get(protocol) or f"{protocol}.connect",
             window_bytes=self.settings.window_bytes,
         )
         scope.setdefault("extensions", {})["channel_layer"] = {"reply_channel": reply_channel}
@@ -188,6 +191,8 @@ class Connections:
         self._connections[number] = connection
         self._reply_channels[reply_channel] = connection
         self._open_count[protocol] += 1
+        if protocol not in _CHANNELS:
+            self._groups.has_own_protocols = True
         if self._is_stopping:
             self._loop.call_soon(self._refuse, connection, Refusal.STOPPING)
         elif is_too_many:
@@ -269,10 +274,10 @@ class Connections:
     # Called by server.py
 
     def stop(self) -> None:
-        """New connections are refused from now on, WebSockets are closed (1012)."""
+        """New connections are refused from now on; WebSockets (1012) and those of own protocols are closed."""
         self._is_stopping = True
         for connection in list(self._connections.values()):
-            if connection.protocol == "websocket":
+            if connection.protocol != "http":
                 self._guarded(connection, self.dismiss, connection, Refusal.STOPPING)
 
     def cut(self) -> None:

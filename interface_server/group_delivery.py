@@ -6,6 +6,8 @@
                          ``more_body: False``, for the sender seldom knows that it is the last one
     other http.…, websocket.…   dropped: they are between one client and one instance
     anything else        to the application instance, as an event of receive()
+    <own protocol>.…     to the sockets of that protocol (own_protocol.py); they know no other types, so all others,
+                         websocket.send too, go to their application instances
 
 What does not fit is dropped and counted, and told to the operator once in a while: its sender is somewhere else
 and cannot be told. Delivering is connections' and broadcast.py's business; adding a type is a branch in ``deliver``.
@@ -39,6 +41,7 @@ class GroupDelivery:
 
     def __init__(self, *, fan_out: FanOut, clock: Callable[[], float]) -> None:
         self._fan_out = fan_out
+        self.has_own_protocols = False  # set with the first connection of one; most processes never have any
         self._clock = clock
         self.dropped: Counter[str] = Counter()  # messages times connections, by reason
         self._unlogged: Counter[str] = Counter()
@@ -55,6 +58,10 @@ class GroupDelivery:
             self.drop(f"unreadable ({error})"[:120], len(members))
             return
         kind = message.get("type")
+        if self.has_own_protocols and type(kind) is str:
+            members = self._to_own_protocols(members, kind, message, encoded)
+            if not members:
+                return
         if type(kind) is not str:
             self.drop("message without a type", len(members))
         elif kind == "websocket.send":
@@ -107,6 +114,21 @@ class GroupDelivery:
         for member in self._only(protocol, members, event["type"]):
             if member.queue_group_event(event, size, before_accept=before_accept):
                 self._fan_out.add(member)
+
+    def _to_own_protocols(
+        self, members: Sequence[ClientConnection], kind: str, message: dict[str, Any], encoded: bytes
+    ) -> list[ClientConnection]:
+        """Deliver to the members of own protocols; return the others."""
+        others = []
+        for member in members:
+            if member.protocol in ("http", "websocket"):
+                others.append(member)
+            elif kind.startswith(f"{member.protocol}."):
+                if member.queue_group_event(message, max(_EVENT_BYTES_MIN, len(encoded)), before_accept=False):
+                    self._fan_out.add(member)
+            elif not member.offer_application_message(encoded):
+                self.drop("the application does not receive", 1)
+        return others
 
     def _only(self, protocol: str, members: Sequence[ClientConnection], kind: str) -> list[ClientConnection]:
         chosen = [member for member in members if member.protocol == protocol]

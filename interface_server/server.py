@@ -51,14 +51,14 @@ class _WrongInput(Exception):
     """The operator's settings cannot be used; the text is the line for the operator."""
 
 
-def run(settings: InterfaceSettings) -> int:
+def run(settings: InterfaceSettings, *, server_class: Callable[..., Any] | None = None) -> int:
     """Run an interface server until SIGTERM or SIGINT; return the exit status.
 
     0 a clean stop, 1 the broker or the address cannot be used now, 2 wrong input; what was wrong is one line on
-    stderr. Once in a process.
+    stderr. Once in a process. ``server_class`` is InterfaceServer, or what is used in its place.
     """
     try:
-        return event_loop.run(lambda reactor: _serve(settings, reactor))
+        return event_loop.run(lambda reactor: _serve(settings, reactor, server_class or InterfaceServer))
     except (BrokerUnsuitable, _WrongInput) as error:
         return _fail(error, 2)
     except (BrokerUnavailable, OSError) as error:
@@ -70,7 +70,7 @@ def _fail(error: Exception, status: int) -> int:
     return status
 
 
-async def _serve(settings: InterfaceSettings, reactor: Any) -> int:
+async def _serve(settings: InterfaceSettings, reactor: Any, server_class: Callable[..., Any]) -> int:
     loop = asyncio.get_running_loop()
     stop, at_once = asyncio.Event(), asyncio.Event()
     _install_signal_handlers(loop, stop, at_once)
@@ -78,7 +78,7 @@ async def _serve(settings: InterfaceSettings, reactor: Any) -> int:
     # Before the broker is asked: a port that is taken is the likelier mistake.
     listening = open_listening_socket(settings)
     try:
-        server = InterfaceServer(settings, layer=_build_layer(settings), loop=loop, reactor=reactor, tls=tls)
+        server = server_class(settings, layer=_build_layer(settings), loop=loop, reactor=reactor, tls=tls)
         await server.start(listening)
     except BaseException:
         listening.close()

@@ -340,6 +340,14 @@ OPTIONS: Final[tuple[Option, ...]] = (
         field="channels",
         help="take background work from this channel instead of HTTP and WebSockets; may be repeated",
     ),
+    Option(
+        flag="protocol",
+        commands=APPLICATION,
+        metavar="NAME",
+        repeat=True,
+        field="protocols",
+        help="also take connections of a protocol server of your own, by its scope type; may be repeated",
+    ),
     Option(flag="factory", commands=APPLICATION, convert=None, help="APP is a function that makes the application"),
     Option(
         flag="app-dir",

@@ -37,6 +37,7 @@ from channel_layer.frames import FrameKind, Outcome, build_end, build_receiving
 from channel_layer.openings import Opening
 from worker.application import Application, Scope
 from worker.events import ClientDisconnected, HttpEvents, SentEvents, State, WebSocketEvents
+from worker.own_events import OwnEvents
 
 __all__ = ["Instance", "InstanceStatistics", "Link", "Phase", "describe_wait"]
 
@@ -168,7 +169,11 @@ class Instance:
         # Towards the client. ``_outgoing`` holds encoded events beyond the credit, one call's at most; further
         # calls of send() wait in ``_unsent``, one entry each: the application bounds them by awaiting.
         extensions = self.scope.get("extensions") or {}
-        self._sent: SentEvents = HttpEvents(extensions) if self.protocol == "http" else WebSocketEvents(extensions)
+        self._sent: SentEvents
+        if self.protocol == "http":
+            self._sent = HttpEvents(extensions)
+        else:
+            self._sent = WebSocketEvents(extensions) if self.protocol == "websocket" else OwnEvents(self.protocol)
         self._outgoing = OutgoingEvents(self.connection, self.epoch, opening.window_bytes)
         self._unsent: list[_Sending] = []
         self._refusal: str | None = None  # why send() raises ClientDisconnected
@@ -194,6 +199,8 @@ class Instance:
 
     def describe(self) -> str:
         """The connection in words, for log lines: ``POST /upload``."""
+        if self.protocol not in ("http", "websocket"):
+            return f"{self.protocol} of {self.scope.get('client')}"
         return f"{self.scope.get('method', 'WebSocket')} {self.scope.get('path', '')}"
 
     @property
@@ -273,20 +280,23 @@ class Instance:
     def shut_down(self) -> None:
         """The worker stops: a WebSocket is closed with 1012 and its application gets the disconnect.
 
+        So is a connection of an own protocol.
+
         Nothing happens to a running HTTP request; ``cancel()`` ends it at the deadline.
         """
-        if self.protocol != "websocket" or self._is_shut_down or self.phase is not Phase.RUNNING:
+        if self.protocol == "http" or self._is_shut_down or self.phase is not Phase.RUNNING:
             return
+        details = {"code": 1012, "reason": "the worker stops"} if self.protocol == "websocket" else {}
         self._is_shut_down = True
         if self._sent.state is State.OPEN and self._refusal is None:
             # In order behind what the application has sent, within the client's credit. Where a slow client leaves
             # none, the end of the link closes the WebSocket, with 1012, too.
-            close = self._sent.apply({"type": "websocket.close", "code": 1012, "reason": "the worker stops"})
+            close = self._sent.apply({"type": f"{self.protocol}.close", **details})
             self._unsent.append(_Sending(iter(close), None))
             self._pump()
         if self._refusal is None:
             self._refusal = "the worker stops"
-        self._set_disconnect({"type": "websocket.disconnect", "code": 1012, "reason": ""})
+        self._set_disconnect({**self._abnormal_disconnect(), **({"code": 1012} if details else {})})
 
     def cancel(self, log: str | None = None) -> None:
         """Cancel the call; ``log`` says why in a line that also tells where the application waited."""
@@ -466,8 +476,8 @@ class Instance:
                 receiver.set_result(None)
 
     def _abnormal_disconnect(self) -> dict[str, Any]:
-        if self.protocol == "http":
-            return {"type": "http.disconnect"}
+        if self.protocol != "websocket":
+            return {"type": f"{self.protocol}.disconnect"}
         # RFC 6455 section 7.1.5: 1006 where no close frame was received.
         return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
 

@@ -104,9 +104,10 @@ class WorkerProcess:
         self._peers: dict[str, dict[tuple[int, int], Instance]] = {}
         self._by_channel: dict[str, Instance] = {}
         # How many connections there are of each protocol, and may be; at the limit nothing more is taken.
-        self._counts = {"http": 0, "websocket": 0}
-        self._limits = {"http": settings.http_max, "websocket": settings.websockets_max}
-        self._room = {"http": asyncio.Event(), "websocket": asyncio.Event()}
+        self._protocols = {**_PROTOCOLS, **{f"{name}.connect": name for name in settings.protocols}}  # by channel
+        self._counts = dict.fromkeys(self._protocols.values(), 0)
+        self._limits = {**dict.fromkeys(self._protocols.values(), settings.websockets_max), "http": settings.http_max}
+        self._room = {name: asyncio.Event() for name in self._counts}
         self._idle = asyncio.Event()  # no connection is here
         self._idle.set()
         # Claims without an answer, oldest first, each with the loop time at which it is given up.
@@ -166,8 +167,8 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Begin to take openings, and messages of background work."""
-        for channel in self._settings.channels:
-            if channel not in _PROTOCOLS:
+        for channel in (*self._settings.channels, *(f"{name}.connect" for name in self._settings.protocols)):
+            if channel not in self._protocols:
                 background = BackgroundChannel(
                     channel,
                     application=self._application,
@@ -200,7 +201,7 @@ class WorkerProcess:
         # An opening that a cancelled take still hands over stays in its queue (base.take_openings).
         await asyncio.gather(*takers, return_exceptions=True)
         for instance in self.instances():
-            if instance.protocol != "websocket":
+            if instance.protocol == "http":
                 continue
             if instance.phase is Phase.CLAIMED:
                 instance.refused("the worker stops")  # its grant will be answered with CLOSED
@@ -281,7 +282,7 @@ class WorkerProcess:
     # Openings
 
     async def _take(self, channel: str) -> None:
-        protocol = _PROTOCOLS[channel]
+        protocol = self._protocols[channel]
         room = self._room[protocol]
         while not self._is_stopping:
             free = self._limits[protocol] - self._counts[protocol]
@@ -357,11 +358,12 @@ class WorkerProcess:
     def _complete_scope(self, opening: Opening) -> None:
         """Add what only this process knows; msgpack's lists become the tuples that servers give elsewhere."""
         scope = opening.scope
-        headers = scope.get("headers")
-        if type(headers) is not list:
-            raise WireError(f"the scope of an opening has headers {headers!r:.80}")
-        # Applications put pairs into sets, and compare them with tuples.
-        scope["headers"] = [tuple(pair) for pair in headers]
+        if scope["type"] in ("http", "websocket"):
+            headers = scope.get("headers")
+            if type(headers) is not list:
+                raise WireError(f"the scope of an opening has headers {headers!r:.80}")
+            # Applications put pairs into sets, and compare them with tuples.
+            scope["headers"] = [tuple(pair) for pair in headers]
         for name in ("client", "server"):
             address = scope.get(name)
             if address is not None:

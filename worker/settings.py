@@ -7,6 +7,7 @@ To add a knob: a field here with its sentence, its flag in trunkline/, its reade
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,8 @@ LifespanMode = Literal["auto", "on", "off"]
 
 THREADS_DEFAULT = 16
 
+_ASGI_SCOPES = ("http", "websocket", "lifespan", "channel")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
@@ -53,8 +56,9 @@ class WorkerSettings:
     # room here, and after the interface server's --queue-timeout they get 503.
     # Any other name is a channel of background work (background.py).
     channels: tuple[str, ...] = (HTTP_CHANNEL, WEBSOCKET_CHANNEL)
+    protocols: tuple[str, ...] = ()  # own ones (interface_server/own_protocol.py): scope types, beside the channels
     concurrency: int = 100  # running HTTP requests; one counts until its application call returns
-    websockets_max: int = 20_000  # WebSockets, likewise
+    websockets_max: int = 20_000  # WebSockets, likewise; and connections of each own protocol
     # Of a WSGI application, one for each running request. A worker takes no request for which it has none: so what
     # is above the smaller of ``threads`` and ``concurrency`` waits in the broker's queue, for whichever worker is
     # free first, and not in this one behind a slow request.
@@ -87,6 +91,13 @@ class WorkerSettings:
                 raise ValueError(f"channels: {channel!r} belongs to one process, workers read those without '!'")
             if self.interface == "wsgi" and channel not in (HTTP_CHANNEL, WEBSOCKET_CHANNEL):
                 raise ValueError(f"channels: {channel!r} is background work, which a WSGI application cannot do")
+        for protocol in self.protocols:
+            if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", protocol) or protocol in _ASGI_SCOPES:
+                raise ValueError(f"protocols: {protocol!r} is not a name in small letters, or is one of ASGI's own")
+            if f"{protocol}.connect" in self.channels or self.protocols.count(protocol) > 1:
+                raise ValueError(f"protocols: {protocol!r} is taken twice")
+            if self.interface == "wsgi":
+                raise ValueError(f"protocols: {protocol!r} is nothing a WSGI application can speak")
         if self.interface not in ("auto", "asgi3", "asgi2", "wsgi"):
             raise ValueError(f"interface is {self.interface!r}, must be 'auto', 'asgi3', 'asgi2' or 'wsgi'")
         if self.lifespan not in ("auto", "on", "off"):

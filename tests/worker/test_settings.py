@@ -32,6 +32,9 @@ def test_the_defaults_are_accepted() -> None:
         {"channels": ("thumbnails", "thumbnails")},
         {"channels": ("no spaces",)},
         {"channels": ("specific.w1!x",)},
+        {"protocols": ("http",)},
+        {"protocols": ("TCP",)},
+        {"protocols": ("tcp", "tcp")},
         {"interface": "cgi"},
         {"threads": 0},
         {"lifespan": "maybe"},
@@ -54,3 +57,11 @@ def test_wsgi_takes_no_more_requests_than_it_has_threads() -> None:
     assert make(interface="wsgi").http_max == 16
     assert make(interface="wsgi", concurrency=4).http_max == 4
     assert make(threads=4).http_max == 100
+
+
+def test_own_protocols_are_accepted_but_not_with_wsgi_nor_twice() -> None:
+    assert make(protocols=("tcp", "irc2")).protocols == ("tcp", "irc2")
+    with pytest.raises(ValueError, match="'tcp' is nothing a WSGI application can speak"):
+        make(protocols=("tcp",), interface="wsgi")
+    with pytest.raises(ValueError, match="'tcp' is taken twice"):
+        make(protocols=("tcp",), channels=("tcp.connect",))
