@@ -36,8 +36,8 @@ _LOGGER: Final = logging.getLogger("trunkline.interface")
 # A slice ends after so many connections or so much time, whichever is first; then other callbacks of the loop have
 # their turn, and what was written leaves (some 10 us a socket). Short slices are what joins broadcasts: the next one
 # is read between two of them, not behind the whole fan-out, and then most sockets get both in one send(). With 4
-# broadcasts under way to 1,000 clients a send carries 1.2 messages at 500 connections a slice, 2.5 at 100 and 3.4 at
-# 16, for 11.8, 8.5 and 6.3 us of CPU a message; below 16 the turns of the loop cost what is won.
+# broadcasts under way to 1,000 clients a send carried 1.3 messages at 500 connections a slice, 2.5 at 100 and 3.4 at
+# 16; a message cost 11.8, 8.5 and 6.3 us of CPU at 500, 100 and 32 (one run), and at 16 and 8 no less than at 32.
 _SLICE_CONNECTIONS: Final = 32
 _SLICE_S: Final = 0.005
 

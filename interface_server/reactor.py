@@ -3,9 +3,9 @@
 **Writes.** Twisted registers a transport that has something to write with the loop, is called when the socket takes
 it (which it nearly always does at once), and takes the registration back: two epoll_ctl and a callback for each
 answer. Here what was written within a loop turn is sent at the end of that turn, still as one send() for each socket,
-and only a socket that does not take everything is registered. That was 6 of 22 us for each write of a broadcast.
+and only a socket that does not take everything is registered. That was 5 of 22 us of a broadcast.
 
-**Reads** are called without Twisted's log context (2 us), which nothing here looks at.
+**Reads** are called without Twisted's log context (1 us), which nothing here looks at.
 
 **Repair.** libuv reports a socket with an error as a failed poll (``EBADF``), and uvloop then calls reader and writer
 once more and closes its handle for good. If that one ``doRead`` finds data that came before the reset, it knows of no
