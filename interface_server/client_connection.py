@@ -469,7 +469,7 @@ class ClientConnection:
             try:
                 if type(value) is dict:
                     if held is _Held.SHARED and value.get("more_body") is False:
-                        self._instance_is_done = True
+                        self._note_last_body(value)
                     client.application_event(value)
                 else:
                     client.send_broadcast(value)
@@ -496,13 +496,17 @@ class ClientConnection:
             self._abandon(error)
             return
         if event.get("more_body") is False:
-            self._instance_is_done = True
+            self._note_last_body(event)
         self._delivering = True
         try:
             client.application_event(event)
         finally:
             self._delivering = False
         self._return_credit(cost)
+
+    def _note_last_body(self, event: dict[str, Any]) -> None:
+        # Behind it may come trailers; and the body of a refused WebSocket is not the end of its instance.
+        self._instance_is_done = self.protocol == "http" and not event.get("trailers")
 
     def _return_credit(self, cost: int) -> None:
         self._send_credit(self._incoming.consume(cost))

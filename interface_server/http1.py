@@ -281,16 +281,16 @@ class Http1Protocol(Protocol):
         self._writing_paused = True
         if self._websocket is not None:
             self._websocket.pause_producing()
-        elif self._client is not None and self._client.connection is not None:
-            self._client.connection.pause_delivery()
+        elif self._client is not None:
+            self._client.pause_writing()
 
     def resumeProducing(self) -> None:
         """The transport's buffer is empty."""
         self._writing_paused = False
         if self._websocket is not None:
             self._websocket.resume_producing()
-        elif self._client is not None and self._client.connection is not None:
-            self._client.connection.resume_delivery()
+        elif self._client is not None:
+            self._client.resume_writing()
 
     def stopProducing(self) -> None:
         """The transport is gone; connectionLost follows."""
@@ -499,13 +499,15 @@ class Http1Protocol(Protocol):
         connection = factory.connections.open(
             client,
             protocol="http",
-            scope=build_http_scope(head, peer, root_path=factory.settings.root_path),
+            scope=build_http_scope(
+                head, peer, root_path=factory.settings.root_path, pathsend=factory.settings.pathsend
+            ),
             first_event=first_event,
             tell_receiving=start.expects_continue and first is None and first_event is None,
         )
         client.connection = connection
         if self._writing_paused:  # by the response before
-            connection.pause_delivery()
+            client.pause_writing()
         if first is not None:
             connection.send_event({"type": "http.request", "body": first.data, "more_body": not first.is_last})
 

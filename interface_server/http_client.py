@@ -6,14 +6,17 @@ HttpClient carries out what an exchange decides (protocol/http_exchange.py) on w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, Protocol
 
 from channel_layer.frames import Outcome
 from interface_server.access_log import AccessLog
 from interface_server.broadcast import Broadcast
 from interface_server.client import Connection, Refusal
+from interface_server.file_sender import FileSender
 from interface_server.protocol.actions import End, Output
 from interface_server.protocol.errors import BadRequest
 from interface_server.protocol.http_exchange import HttpExchange
@@ -55,9 +58,12 @@ class HttpClient:
         "_access_log",
         "_asked_at",
         "_clock",
+        "_file",
         "_is_logged",
         "_peer",
         "_socket",
+        "_verdict",
+        "_writing_paused",
         "connection",
         "exchange",
         "head",
@@ -82,6 +88,9 @@ class HttpClient:
         self._clock = clock
         self._asked_at = clock()
         self._is_logged = False
+        self._file: FileSender | None = None  # while one is the body of the response
+        self._verdict: Outcome | Refusal | None = None  # came meanwhile
+        self._writing_paused = False
 
     def __repr__(self) -> str:
         return f"<HttpClient {self.head.method} {self.head.raw_path!r} {self.exchange!r}>"
@@ -90,6 +99,9 @@ class HttpClient:
 
     def application_event(self, event: dict[str, Any]) -> None:
         exchange = self.exchange
+        if event["type"] == "http.response.pathsend":
+            self._send_file(event["path"])
+            return
         self._carry_out(exchange.apply(event))
         if event["type"] == "http.response.start" and exchange.takes_groups and self.connection is not None:
             self.connection.accept_broadcasts()
@@ -106,10 +118,16 @@ class HttpClient:
             self._socket.body_awaited()
 
     def application_ended(self, outcome: Outcome) -> None:
-        self._carry_out(self.exchange.apply_ended(outcome))
+        if self._file is not None:
+            self._verdict = outcome
+        else:
+            self._carry_out(self.exchange.apply_ended(outcome))
 
     def refused(self, refusal: Refusal) -> None:
-        self._carry_out(self.exchange.apply_refused(refusal))
+        if self._file is not None:
+            self._verdict = refusal  # the application is gone, and not needed for a file
+        else:
+            self._carry_out(self.exchange.apply_refused(refusal))
 
     def pause_reading(self) -> None:
         if self._socket is not None:
@@ -124,6 +142,21 @@ class HttpClient:
 
     # Called by the protocol
 
+    def pause_writing(self) -> None:
+        """Nothing more can be written at the moment."""
+        self._writing_paused = True
+        if self._file is not None:
+            self._file.pause()
+        elif self.connection is not None:
+            self.connection.pause_delivery()
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        if self._file is not None:
+            self._file.resume()
+        elif self.connection is not None:
+            self.connection.resume_delivery()
+
     def bad_request(self, failure: BadRequest) -> None:
         """The body of the request cannot be read."""
         if self.connection is not None:
@@ -133,6 +166,7 @@ class HttpClient:
     def gone(self) -> None:
         """The client is gone."""
         self._socket = None
+        self._drop_file()
         if self.connection is not None:
             self.connection.client_gone(_DISCONNECT)
 
@@ -147,6 +181,7 @@ class HttpClient:
             self._log()
         if end is not None:
             self._socket = None
+            self._drop_file()
         if data:
             socket.write(data)
         if end is not None:
@@ -154,6 +189,49 @@ class HttpClient:
             if self.connection is not None:
                 self.connection.finished(_DISCONNECT)
             socket.exchange_over(end)
+
+    # A file as the body
+
+    def _send_file(self, path: str) -> None:
+        if not self.exchange.wants_body:
+            self._file_piece(b"", True)
+            return
+        # What the application sends behind it (trailers) waits within its credit.
+        if self.connection is not None:
+            self.connection.pause_delivery()
+        self._file = FileSender(
+            path, loop=asyncio.get_running_loop(), piece=self._file_piece, failed=partial(self._file_failed, path)
+        )
+        self._file.start()
+        if self._writing_paused:
+            self._file.pause()
+
+    def _file_piece(self, data: bytes, is_last: bool) -> None:
+        if is_last:
+            self._file = None
+        self._carry_out(self.exchange.apply({"type": "http.response.body", "body": data, "more_body": not is_last}))
+        if is_last:
+            self._file_over()
+
+    def _file_failed(self, path: str, error: OSError) -> None:
+        self._file = None
+        self._carry_out(self.exchange.apply_fault(f"{path!r} cannot be sent: {error.strerror or error}"))
+        self._file_over()
+
+    def _file_over(self) -> None:
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
+            if self.connection is not None and not self._writing_paused:
+                self.connection.resume_delivery()
+        elif isinstance(verdict, Refusal):
+            self.refused(verdict)
+        else:
+            self.application_ended(verdict)
+
+    def _drop_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.cancel()
 
     def _log(self) -> None:
         self._is_logged = True

@@ -52,6 +52,9 @@ class InterfaceSettings:
     proxy_headers: bool = True  # believe X-Forwarded-For and -Proto of the peers in forwarded_allow_ips
     forwarded_allow_ips: str = "127.0.0.1,::1"  # addresses, networks, literals for unix sockets; "*" is everybody
 
+    # Offer http.response.pathsend: this server opens the files that workers name. Where both see the same files.
+    pathsend: bool = False
+
     # What clients see.
     server_header: bool = True
     date_header: bool = True

@@ -14,7 +14,6 @@ permessage-deflate will need three places: ``build_accept(extension=…)``, ``Fr
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from random import random
 from typing import TYPE_CHECKING, Any, Final
@@ -24,8 +23,9 @@ from interface_server.client import Connection, Refusal
 from interface_server.frame_reader import FrameReader
 from interface_server.protocol.request import Peer, RequestHead
 from interface_server.protocol.scope import build_websocket_scope
+from interface_server.protocol.websocket_answers import Http1Answers
 from interface_server.protocol.websocket_frames import PING, build_frame
-from interface_server.protocol.websocket_handshake import Handshake, HandshakeFault, build_refusal, read_handshake
+from interface_server.protocol.websocket_handshake import Handshake, HandshakeFault, read_handshake
 from interface_server.protocol.websocket_session import (
     Abort,
     Actions,
@@ -91,7 +91,7 @@ class WebSockets:
         self.connections = connections
         self.access_log = access_log
         self.deadlines = deadlines
-        self._server_headers = server_headers
+        self.answers = Http1Answers(server_headers)
         self.clients: set[WebSocketClient] = set()  # until their sockets are gone; bounded by the sockets
         self.refused_count = 0
         self.dropped_count = 0
@@ -99,10 +99,6 @@ class WebSockets:
 
     def __repr__(self) -> str:
         return f"<WebSockets {len(self.clients)}>"
-
-    def header_pairs(self) -> Sequence[tuple[bytes, bytes]]:
-        """Date, Server and the operator's headers, as of now."""
-        return self._server_headers.refresh().pairs
 
     def statistics(self) -> WebSocketsStatistics:
         states = [client.state for client in self.clients]
@@ -208,7 +204,7 @@ class WebSocketClient:
 
     def _open(self, handshake: Handshake, head: RequestHead, peer: Peer) -> None:
         shared = self._shared
-        self._session = WebSocketSession(handshake, server_headers=shared.header_pairs)
+        self._session = WebSocketSession(handshake, answers=shared.answers)
         scope = build_websocket_scope(
             head, peer, root_path=shared.settings.root_path, subprotocols=handshake.subprotocols
         )
@@ -221,10 +217,8 @@ class WebSocketClient:
         shared = self._shared
         shared.refused_count += 1
         shared.access_log.websocket_refused(**self._log_target, status=fault.status)
-        answer = build_refusal(
-            fault.status, headers=fault.headers, server_headers=shared.header_pairs(), text=str(fault)
-        )
-        self._write(answer)
+        for part in shared.answers.refuse(fault.status, str(fault), fault.headers):
+            self._write(part)
         self._finish(linger=True)
 
     # Called by Twisted, by way of http1.py

@@ -232,6 +232,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
         field="extra_headers",
         help="add a header to every response; may be repeated",
     ),
+    Option(
+        flag="pathsend",
+        commands=SOCKETS,
+        convert=None,
+        help="offer http.response.pathsend: interface servers and workers see the same files (off)",
+    ),
     Option(flag="server-header", commands=SOCKETS, convert=None, help="send a Server header (on)"),
     Option(flag="date-header", commands=SOCKETS, convert=None, help="send a Date header (on)"),
     Option(flag="access-log", commands=SOCKETS, convert=None, help="log a line for each request (on)"),

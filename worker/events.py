@@ -253,8 +253,10 @@ class HttpEvents(SentEvents):
             self.state = State.TRAILERS if self._with_trailers else State.COMPLETE
         start = self.release_start()
         if len(body) > BODY_EVENT_BYTES_MAX:
-            return _cut_body(start, body, more_body)
+            return _cut_body(start, body, more_body, with_trailers=self._with_trailers)
         event = {"type": kind, "body": body, "more_body": more_body}
+        if self.state is State.TRAILERS:
+            event["trailers"] = True
         return (event,) if start is None else (start, event)
 
     def _early_hint(self, message: Mapping[str, Any]) -> Iterable[Event]:
@@ -415,18 +417,21 @@ def _offered(extensions: Container[str]) -> Iterator[str]:
     return (name for name in set(_EXTENSIONS.values()) if name in extensions)
 
 
-def _cut_body(start: Event | None, body: bytes, more_body: bool) -> Iterator[Event]:
+def _cut_body(start: Event | None, body: bytes, more_body: bool, *, with_trailers: bool) -> Iterator[Event]:
     if start is not None:
         yield start
     # Lazily: of a large body one piece at a time exists twice.
     view = memoryview(body)
     for offset in range(0, len(body), BODY_EVENT_BYTES_MAX):
         end = offset + BODY_EVENT_BYTES_MAX
-        yield {
+        event: Event = {
             "type": "http.response.body",
             "body": bytes(view[offset:end]),
             "more_body": more_body or end < len(body),
         }
+        if with_trailers and not event["more_body"]:
+            event["trailers"] = True  # they follow: the response is not complete
+        yield event
 
 
 def _build_headers(kind: str, headers: Any) -> list[tuple[bytes, bytes]]:

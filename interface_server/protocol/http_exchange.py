@@ -1,4 +1,6 @@
-"""The response to one HTTP/1.x request: from events of the application to bytes. No I/O.
+"""The response to one HTTP request: from events of the application to bytes of HTTP/1.x. No I/O.
+
+HTTP/2 has the same exchange with other bytes: http2_exchange.py overrides the methods under "Framing".
 
     WAITING --start--> STARTED --body--> STREAMING --last body--> OVER
        |                  |                  |
@@ -6,6 +8,9 @@
 
 The head is not written with the start but with the first body event (ASGI "Response Start" allows it): until then a
 failure can still be answered properly, the two leave in one write, and a body that is complete gets its length.
+
+Interim responses (103, where the ASGI extension is offered) leave at once. Trailers follow a body of chunks, with
+which the response is over; behind any other body they mean nothing and are counted as late.
 
 Framing is ours (H18): the application's content-length if it gave one, chunks to HTTP/1.1, else the end of the
 connection. What the application may send is checked in its worker, inside ``send()``; what is wrong here all the
@@ -31,8 +36,7 @@ __all__ = ["HttpExchange", "Phase", "build_plain_response"]
 # Where a piece is large, head and chunk marks are written beside it instead of being copied together with it.
 _JOIN_BYTES_MAX: Final = 16 * 1024
 
-_CONTINUE: Final = Output((b"HTTP/1.1 100 Continue\r\n\r\n",))
-_LAST_CHUNK: Final = b"0\r\n\r\n"
+_LAST_CHUNK: Final = b"0\r\n"  # trailers and an empty line follow
 
 _STATUS_LINES: Final[Mapping[int, bytes]] = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status.value, status.phrase.encode("ascii")) for status in HTTPStatus
@@ -61,6 +65,7 @@ class HttpExchange:
     """Ask each method what to write; after an Output with ``end`` everything is ignored and counted."""
 
     __slots__ = (
+        "_body_is_over",
         "_expects_continue",
         "_framing",
         "_headers",
@@ -68,8 +73,10 @@ class HttpExchange:
         "_is_modern",
         "_keep_alive",
         "_length",
+        "_promises_trailers",
         "_remaining_bytes",
         "_server_headers",
+        "_trailers",
         "body_bytes",
         "dropped_count",
         "late_count",
@@ -101,9 +108,12 @@ class HttpExchange:
         self.status: int | None = None  # of the response as it was, or will be, written
         self._headers: Sequence[Sequence[bytes]] = ()
         self._length: int | None = None  # the application's content-length
+        self._promises_trailers = False
         # Of the body.
         self._framing = _Framing.NOTHING
         self._remaining_bytes = 0  # of LENGTH
+        self._body_is_over = False  # and only trailers may follow
+        self._trailers: list[Sequence[bytes]] = []
         self.body_bytes = 0  # written, without framing
         self.surplus_bytes = 0  # sent by the application beyond its content-length, not written
         self.late_count = 0  # events that came when the exchange was over
@@ -130,7 +140,12 @@ class HttpExchange:
         """True while ``http.response.body`` of a group means something: started, and without a length."""
         if self.phase is Phase.STARTED:
             return self._length is None and not self._has_no_body()
-        return self.phase is Phase.STREAMING and self._framing >= _Framing.CHUNKS
+        return self.phase is Phase.STREAMING and self._framing >= _Framing.CHUNKS and not self._body_is_over
+
+    @property
+    def wants_body(self) -> bool:
+        """False where the bytes of the body are dropped: HEAD, 204, 304."""
+        return not self._has_no_body()
 
     def close_after(self) -> None:
         """Let no further request follow; the head says so, if it has not been written."""
@@ -152,7 +167,7 @@ class HttpExchange:
         if not self._expects_continue or self.phase is not Phase.WAITING:
             return NOTHING
         self._expects_continue = False
-        return NOTHING if self.request_is_complete else _CONTINUE
+        return NOTHING if self.request_is_complete else self._frame_interim(100, ())
 
     def apply_body_begun(self) -> None:
         """The client sends its body without having waited for the 100, which is then needed no more."""
@@ -162,6 +177,8 @@ class HttpExchange:
         """The application instance is over."""
         if self.phase is Phase.OVER:
             return NOTHING
+        if self._body_is_over and outcome is Outcome.RETURNED:
+            return self._end_with_trailers()
         return self._fail(None)  # its worker has logged why
 
     def apply_refused(self, refusal: Refusal) -> Output:
@@ -172,6 +189,10 @@ class HttpExchange:
         """What the client sent as body is wrong: nothing behind it can be read."""
         self._keep_alive = False
         return self._fail(None, status, reason)
+
+    def apply_fault(self, problem: str) -> Output:
+        """The response cannot go on; ``problem`` is for the log."""
+        return self._fail(problem)
 
     # Handlers of _TABLE
 
@@ -187,6 +208,7 @@ class HttpExchange:
                 self._length = int(value)
         self.status = status
         self._headers = headers
+        self._promises_trailers = event.get("trailers") is True
         self.phase = Phase.STARTED
         return NOTHING
 
@@ -198,7 +220,7 @@ class HttpExchange:
             self._framing = _Framing.NOTHING
         elif self._length is not None:
             self._framing = _Framing.LENGTH
-        elif not more:
+        elif not more and not self._promises_trailers:
             self._length = len(body)
             self._framing = _Framing.LENGTH
         else:
@@ -215,9 +237,34 @@ class HttpExchange:
 
     def _next_body(self, event: Mapping[str, Any]) -> Output:
         body = event.get("body", b"")
-        if type(body) is not bytes:
+        if type(body) is not bytes or self._body_is_over:
             return self._drop()
         return self._write(b"", body, is_last=not event.get("more_body", False))
+
+    def _early_hint(self, event: Mapping[str, Any]) -> Output:
+        links = event.get("links")
+        if type(links) is not list or not all(type(link) is bytes and _is_value(link) for link in links):
+            return self._fail("application sent an early hint that is not a list of links")
+        return self._frame_interim(103, [(b"link", link) for link in links])
+
+    def _ignore(self, event: Mapping[str, Any]) -> Output:
+        return NOTHING
+
+    def _add_trailers(self, event: Mapping[str, Any]) -> Output:
+        if not self._body_is_over:
+            return self._fail("application sent trailers that its start did not promise, or before the body was over")
+        self._trailers += event.get("headers") or ()
+        if event.get("more_trailers"):
+            return NOTHING
+        return self._end_with_trailers()
+
+    def _end_with_trailers(self) -> Output:
+        try:
+            data = self._frame_trailers(self._trailers)
+        except ValueError as error:
+            return self._fail(str(error))
+        self.phase = Phase.OVER
+        return Output(data, End.KEEP if self._keep_alive else End.CLOSE)
 
     def _drop(self) -> Output:
         # Bodies of the application are bytes, its worker saw to that: this came from a group.
@@ -229,7 +276,7 @@ class HttpExchange:
     def _has_no_body(self) -> bool:
         return self._is_head or self.status in (204, 304)  # RFC 9112 section 6.3, first item
 
-    def _write(self, head: bytes, body: bytes, *, is_last: bool) -> Output:
+    def _write(self, head: Any, body: bytes, *, is_last: bool) -> Output:
         problem = None
         framing = self._framing
         if framing is _Framing.NOTHING:
@@ -244,19 +291,10 @@ class HttpExchange:
                 left = 0
             self._remaining_bytes = left
         self.body_bytes += len(body)
-        if framing is _Framing.CHUNKS:
-            mark = b"%x\r\n" % len(body) if body else b""
-            tail = b"\r\n" if body else b""
-            if is_last:
-                tail += _LAST_CHUNK
-        else:
-            mark = tail = b""
-        data: Sequence[bytes]
-        if len(body) > _JOIN_BYTES_MAX:
-            data = [part for part in (head + mark, body, tail) if part]
-        else:
-            whole = head + mark + body + tail if mark or tail else head + body
-            data = (whole,) if whole else ()
+        if is_last and self._promises_trailers and framing is _Framing.CHUNKS:
+            self._body_is_over = True
+            is_last = False
+        data = self._frame(head, body, is_last=is_last)
         if not is_last:
             return Output(data, None, problem)
         self.phase = Phase.OVER
@@ -266,7 +304,43 @@ class HttpExchange:
         keep = self._keep_alive and framing is not _Framing.CLOSE
         return Output(data, End.KEEP if keep else End.CLOSE, problem)
 
-    def _build_head(self) -> bytes:
+    # Framing: what is different in HTTP/2
+
+    def _frame(self, head: Any, body: bytes, *, is_last: bool) -> Sequence[Any]:
+        """Return the bytes of a step. ``head`` is what ``_build_head`` returned, or empty."""
+        if self._framing is _Framing.CHUNKS:
+            mark = b"%x\r\n" % len(body) if body else b""
+            tail = b"\r\n" if body else b""
+            if is_last:
+                tail += _LAST_CHUNK + b"\r\n"
+        else:
+            mark = tail = b""
+        if len(body) > _JOIN_BYTES_MAX:
+            return [part for part in (head + mark, body, tail) if part]
+        whole = head + mark + body + tail if mark or tail else head + body
+        return (whole,) if whole else ()
+
+    def _frame_trailers(self, trailers: Sequence[Sequence[bytes]]) -> Sequence[Any]:
+        """Return the end of a body of chunks. Raises ValueError."""
+        return (_LAST_CHUNK + _build_lines(trailers) + b"\r\n",)
+
+    def _frame_interim(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> Output:
+        return Output((_STATUS_LINES[status] + _build_lines(headers) + b"\r\n",))
+
+    def _frame_plain(self, status: int, reason: str | None) -> Sequence[Any]:
+        """Return a complete response of ours."""
+        return (
+            build_plain_response(
+                status,
+                reason,
+                server_headers=self._server_headers,
+                keep_alive=self._keep_alive,
+                is_modern=self._is_modern,
+                with_body=not self._is_head,
+            ),
+        )
+
+    def _build_head(self) -> Any:
         """Return the response head. Raises ValueError for headers that would become something else on the wire."""
         status = self.status
         assert status is not None
@@ -316,15 +390,7 @@ class HttpExchange:
         if self._expects_continue and not self.request_is_complete:
             self._keep_alive = False
         self.status = status
-        response = build_plain_response(
-            status,
-            reason,
-            server_headers=self._server_headers,
-            keep_alive=self._keep_alive,
-            is_modern=self._is_modern,
-            with_body=not self._is_head,
-        )
-        return Output((response,), End.KEEP if self._keep_alive else End.CLOSE, problem)
+        return Output(self._frame_plain(status, reason), End.KEEP if self._keep_alive else End.CLOSE, problem)
 
 
 # What may come when. A pair that is not here ends the exchange (or, when it is over, is late).
@@ -332,7 +398,23 @@ _TABLE: Final[Mapping[tuple[int, str], Callable[[HttpExchange, Mapping[str, Any]
     (Phase.WAITING, "http.response.start"): HttpExchange._start,
     (Phase.STARTED, "http.response.body"): HttpExchange._first_body,
     (Phase.STREAMING, "http.response.body"): HttpExchange._next_body,
+    (Phase.WAITING, "http.response.early_hint"): HttpExchange._early_hint,
+    (Phase.STARTED, "http.response.early_hint"): HttpExchange._early_hint,
+    (Phase.STREAMING, "http.response.early_hint"): HttpExchange._ignore,
+    (Phase.STREAMING, "http.response.trailers"): HttpExchange._add_trailers,
 }
+
+
+def _is_value(value: bytes) -> bool:
+    """True if it can stand in a field line without ending it (RFC 9110 section 5.5)."""
+    return not any(mark in value for mark in (b"\r", b"\n", b"\0"))
+
+
+def _build_lines(headers: Sequence[Sequence[bytes]]) -> bytes:
+    lines = b"".join([name + b": " + value + b"\r\n" for name, value in headers])
+    if lines.count(b"\n") != len(headers) or lines.count(b"\r") != len(headers) or b"\0" in lines:
+        raise ValueError("application sent a field with CR, LF or NUL")
+    return lines
 
 
 def build_plain_response(

@@ -18,10 +18,17 @@ __all__ = ["build_http_scope", "build_websocket_scope"]
 _SPEC_VERSION: Final = "2.5"
 
 
-def build_http_scope(head: RequestHead, peer: Peer, *, root_path: str) -> dict[str, Any]:
+def build_http_scope(head: RequestHead, peer: Peer, *, root_path: str, pathsend: bool = False) -> dict[str, Any]:
     """Return the scope of an HTTP request. ``peer`` is the client as proxy_headers.py decided."""
     scope = _common("http", "https" if peer.tls else "http", head, peer, root_path)
     scope["method"] = head.method
+    extensions = scope["extensions"]
+    if head.http_version != "1.0":  # which knows neither chunks nor interim responses
+        extensions["http.response.early_hint"] = {}
+        if head.http_version == "2" or _takes_trailers(head):
+            extensions["http.response.trailers"] = {}
+    if pathsend:
+        extensions["http.response.pathsend"] = {}
     return scope
 
 
@@ -31,6 +38,7 @@ def build_websocket_scope(
     """Return the scope of a WebSocket. ``peer`` is the client as proxy_headers.py decided."""
     scope = _common("websocket", "wss" if peer.tls else "ws", head, peer, root_path)
     scope["subprotocols"] = subprotocols
+    scope["extensions"]["websocket.http.response"] = {}
     return scope
 
 
@@ -55,6 +63,14 @@ def _common(kind: str, scheme: str, head: RequestHead, peer: Peer, root_path: st
         "headers": head.headers,
         "extensions": {} if peer.tls_extension is None else {"tls": peer.tls_extension},
     }
+
+
+def _takes_trailers(head: RequestHead) -> bool:
+    """RFC 9110 section 6.5.1: without "TE: trailers" somebody on the way may drop them."""
+    return any(
+        name == b"te" and b"trailers" in [token.partition(b";")[0].strip() for token in value.lower().split(b",")]
+        for name, value in head.headers
+    )
 
 
 def decode_path(raw_path: bytes) -> str:

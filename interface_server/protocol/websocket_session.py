@@ -6,6 +6,7 @@ the actions it returns, in their order. Everything that can change ``state`` is 
     CONNECTING --accept--> OPEN --our Close--> CLOSING --peer's Close, fault, timeout, loss--> CLOSED
          |                   +--peer's Close, fault, ping timeout, loss------------------------> CLOSED
          +--close (403), application over (500), refused (502, 503), timeout (504), loss-------> CLOSED
+         +--http.response.start--> REFUSING --last body, application over, timeout, loss-------> CLOSED
 
 The application hears of the end at once when it leaves OPEN (or CONNECTING): who sends a Close does not wait for
 the other's, and what a client says behind our Close is dropped. In CLOSED the socket may still be writing; the
@@ -21,13 +22,15 @@ To add something that can happen: an ``Input``, its rows in ``TRANSITIONS`` (all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from channel_layer.enums import quick
 from channel_layer.frames import Outcome
 from interface_server.client import Refusal
+from interface_server.protocol.actions import End, Output
+from interface_server.protocol.http_exchange import HttpExchange
 from interface_server.protocol.websocket_frames import (
     PONG,
     build_close,
@@ -36,12 +39,13 @@ from interface_server.protocol.websocket_frames import (
     read_message,
     truncate_reason,
 )
-from interface_server.protocol.websocket_handshake import Handshake, InvalidAccept, build_accept, build_refusal
+from interface_server.protocol.websocket_handshake import Handshake, InvalidAccept
 
 __all__ = [
     "TRANSITIONS",
     "Abort",
     "Action",
+    "Answers",
     "Closed",
     "Deliver",
     "Finish",
@@ -58,6 +62,7 @@ __all__ = [
 @quick
 class State(Enum):
     CONNECTING = "the handshake waits for the application"
+    REFUSING = "the application answers the handshake with a response of its own"
     OPEN = "messages pass"
     CLOSING = "our Close is sent, the client's is awaited"
     CLOSED = "nothing passes any more"
@@ -71,6 +76,8 @@ class Input(Enum):
     ACCEPT = "websocket.accept"
     SEND = "websocket.send"
     CLOSE = "websocket.close"
+    RESPONSE_START = "websocket.http.response.start"
+    RESPONSE_BODY = "websocket.http.response.body"
     INVALID = "an event we do not know"
     # From the channel layer.
     RETURNED = "the application returned"
@@ -91,6 +98,8 @@ _EVENTS: Final = {
     "websocket.accept": Input.ACCEPT,
     "websocket.send": Input.SEND,
     "websocket.close": Input.CLOSE,
+    "websocket.http.response.start": Input.RESPONSE_START,
+    "websocket.http.response.body": Input.RESPONSE_BODY,
 }
 
 # What each input does in each state. A pair that is not listed cannot happen: before its accept a client is not
@@ -99,6 +108,8 @@ TRANSITIONS: Final[Mapping[tuple[State, Input], State]] = {
     (State.CONNECTING, Input.ACCEPT): State.OPEN,  # or CLOSED, when its headers cannot be sent: 500
     (State.CONNECTING, Input.SEND): State.CONNECTING,  # dropped: the worker lets no application do this
     (State.CONNECTING, Input.CLOSE): State.CLOSED,  # 403; ASGI "Close"
+    (State.CONNECTING, Input.RESPONSE_START): State.REFUSING,  # nothing is written before the body
+    (State.CONNECTING, Input.RESPONSE_BODY): State.CONNECTING,  # dropped
     (State.CONNECTING, Input.INVALID): State.CONNECTING,  # dropped
     (State.CONNECTING, Input.RETURNED): State.CLOSED,  # 500, without an answer as with an exception
     (State.CONNECTING, Input.RAISED): State.CLOSED,  # 500
@@ -106,7 +117,21 @@ TRANSITIONS: Final[Mapping[tuple[State, Input], State]] = {
     (State.CONNECTING, Input.REFUSED): State.CLOSED,  # 502 or 503
     (State.CONNECTING, Input.LOST): State.CLOSED,
     (State.CONNECTING, Input.TIMED_OUT): State.CLOSED,  # 504
+    (State.REFUSING, Input.ACCEPT): State.REFUSING,  # dropped, as are the next three
+    (State.REFUSING, Input.SEND): State.REFUSING,
+    (State.REFUSING, Input.CLOSE): State.REFUSING,
+    (State.REFUSING, Input.RESPONSE_START): State.REFUSING,
+    (State.REFUSING, Input.RESPONSE_BODY): State.REFUSING,  # or CLOSED, with the last one
+    (State.REFUSING, Input.INVALID): State.REFUSING,  # dropped
+    (State.REFUSING, Input.RETURNED): State.CLOSED,  # 500, or cut where the head is written; so the next three
+    (State.REFUSING, Input.RAISED): State.CLOSED,
+    (State.REFUSING, Input.CANCELLED): State.CLOSED,
+    (State.REFUSING, Input.REFUSED): State.CLOSED,
+    (State.REFUSING, Input.LOST): State.CLOSED,
+    (State.REFUSING, Input.TIMED_OUT): State.CLOSED,
     (State.OPEN, Input.ACCEPT): State.OPEN,  # dropped
+    (State.OPEN, Input.RESPONSE_START): State.OPEN,  # dropped
+    (State.OPEN, Input.RESPONSE_BODY): State.OPEN,  # dropped
     (State.OPEN, Input.SEND): State.OPEN,
     (State.OPEN, Input.CLOSE): State.CLOSING,
     (State.OPEN, Input.INVALID): State.OPEN,  # dropped
@@ -123,6 +148,8 @@ TRANSITIONS: Final[Mapping[tuple[State, Input], State]] = {
     (State.CLOSING, Input.ACCEPT): State.CLOSING,  # late, as all events of the application from here on
     (State.CLOSING, Input.SEND): State.CLOSING,
     (State.CLOSING, Input.CLOSE): State.CLOSING,
+    (State.CLOSING, Input.RESPONSE_START): State.CLOSING,
+    (State.CLOSING, Input.RESPONSE_BODY): State.CLOSING,
     (State.CLOSING, Input.INVALID): State.CLOSING,
     (State.CLOSING, Input.RETURNED): State.CLOSING,
     (State.CLOSING, Input.RAISED): State.CLOSING,
@@ -139,9 +166,9 @@ TRANSITIONS: Final[Mapping[tuple[State, Input], State]] = {
 
 
 class Write(NamedTuple):
-    """Give these bytes to the transport."""
+    """Give these bytes to the transport (or what answers a handshake, in HTTP/2)."""
 
-    data: bytes
+    data: Any
 
 
 class Opened(NamedTuple):
@@ -192,17 +219,35 @@ Actions = Iterable[Action]
 _NOTHING: Final[Actions] = ()
 
 
+class Answers(Protocol):
+    """How a handshake is answered in one version of HTTP. What is returned goes to the transport, in order."""
+
+    def accept(
+        self,
+        handshake: Handshake,
+        *,
+        subprotocol: str | None,
+        headers: Iterable[Sequence[bytes]],
+    ) -> Sequence[Any]:
+        """Return the answer behind which frames follow. Raises InvalidAccept."""
+
+    def refuse(self, status: int, text: str) -> Sequence[Any]:
+        """Return a complete response."""
+
+    def exchange(self) -> HttpExchange:
+        """Return what makes a response of the application's events; the connection is not kept."""
+
+
 class WebSocketSession:
     """Decides what happens on one WebSocket. Each method takes one input and returns the actions it asks for."""
 
-    __slots__ = ("_handshake", "_server_headers", "close_code", "dropped_count", "late_count", "state")
+    __slots__ = ("_answers", "_exchange", "_handshake", "close_code", "dropped_count", "late_count", "state")
 
-    def __init__(
-        self, handshake: Handshake, *, server_headers: Callable[[], Iterable[tuple[bytes, bytes]]] = tuple
-    ) -> None:
+    def __init__(self, handshake: Handshake, *, answers: Answers) -> None:
         self.state = State.CONNECTING
         self._handshake: Handshake | None = handshake  # until it is answered
-        self._server_headers = server_headers  # Date, Server and the operator's, asked for when they are written
+        self._answers = answers
+        self._exchange: HttpExchange | None = None  # in REFUSING
         self.close_code: int | None = None  # what the application was told; None until then, and before an accept
         self.dropped_count = 0  # events that did not fit the state, or were malformed
         self.late_count = 0  # events of the application that crossed the end on their way
@@ -221,6 +266,11 @@ class WebSocketSession:
         """
         kind = _EVENTS.get(event.get("type", ""), Input.INVALID)
         state = self._advance(kind)
+        if state is State.REFUSING:
+            if kind is Input.RESPONSE_BODY:
+                return self._answer({**event, "type": "http.response.body"})
+            self.dropped_count += 1
+            return _NOTHING
         if state is not State.OPEN and state is not State.CONNECTING:
             # The application cannot know yet: its disconnect is on the way. So this is a race, not a fault.
             self.late_count += 1
@@ -235,6 +285,10 @@ class WebSocketSession:
             return self._close(*_close_fields(event))
         elif kind is Input.ACCEPT and state is State.CONNECTING:
             return self._accept(event)
+        elif kind is Input.RESPONSE_START and state is State.CONNECTING:
+            self._handshake = None
+            self._exchange = self._answers.exchange()
+            return self._answer({**event, "type": "http.response.start"})
         self.dropped_count += 1
         return _NOTHING
 
@@ -250,6 +304,9 @@ class WebSocketSession:
         state = self._advance(_OUTCOMES[outcome])
         if state is State.CONNECTING:
             return self._refuse(503 if outcome is Outcome.CANCELLED else 500)
+        if state is State.REFUSING:
+            assert self._exchange is not None
+            return self._answered(self._exchange.apply_ended(outcome))
         if state is State.OPEN:
             return self._close(_OUTCOME_CODES[outcome], "")
         return _NOTHING
@@ -259,6 +316,9 @@ class WebSocketSession:
         state = self._advance(Input.REFUSED)
         if state is State.CONNECTING:
             return self._refuse(refusal.status)
+        if state is State.REFUSING:
+            assert self._exchange is not None
+            return self._answered(self._exchange.apply_refused(refusal))
         if state is State.OPEN:
             return self._close(refusal.close_code, refusal.reason)
         return _NOTHING
@@ -307,7 +367,7 @@ class WebSocketSession:
     def lost(self) -> Actions:
         """The socket is gone."""
         state = self._advance(Input.LOST)
-        if state is State.OPEN or state is State.CONNECTING:
+        if state is State.OPEN or state is State.CONNECTING or state is State.REFUSING:
             return (self._tell(1006, "", was_open=state is State.OPEN),)
         return _NOTHING
 
@@ -322,6 +382,8 @@ class WebSocketSession:
             return self._refuse(504, text="the application did not accept in time")
         if state is State.OPEN:
             return (self._tell(1006, "ping timeout"), Abort())
+        if state is State.REFUSING:
+            return (self._tell(1006, "", was_open=False), Abort())
         return (Abort(),)
 
     # How
@@ -339,24 +401,38 @@ class WebSocketSession:
             headers = event.get("headers") or ()
             if not isinstance(headers, list | tuple):
                 raise InvalidAccept(f'websocket.accept: "headers" is {headers!r:.200}, must be a list of pairs')
-            answer = build_accept(
-                self._handshake,
-                subprotocol=subprotocol,
-                headers=headers,
-                server_headers=self._server_headers(),
-            )
+            answer = self._answers.accept(self._handshake, subprotocol=subprotocol, headers=headers)
         except InvalidAccept as error:
             self.state = State.CLOSED
             return (Report(str(error)), *self._refuse(500))
         self._handshake = None
-        return (Write(answer), Opened())
+        return (*map(Write, answer), Opened())
 
     def _refuse(self, status: int, *, text: str = "") -> Actions:
         """Answer the handshake with an error; the state is CLOSED already."""
         self._handshake = None
-        answer = build_refusal(status, text=text, server_headers=self._server_headers())
+        answer = self._answers.refuse(status, text)
         told = self._tell(1006, "", was_open=False)
-        return (Write(answer), Refused(status), told, Finish(linger=True))
+        return (*map(Write, answer), Refused(status), told, Finish(linger=True))
+
+    def _answer(self, event: Mapping[str, Any]) -> Actions:
+        assert self._exchange is not None
+        return self._answered(self._exchange.apply(event))
+
+    def _answered(self, output: Output) -> Actions:
+        """Carry out a step of the application's own response; with its end the state is CLOSED."""
+        data, end, problem = output
+        actions: list[Action] = [] if problem is None else [Report(problem)]
+        actions += map(Write, data)
+        if end is not None:
+            assert self._exchange is not None
+            self.state = State.CLOSED
+            if self._exchange.status is not None:
+                actions.append(Refused(self._exchange.status))
+            actions.append(self._tell(1006, "", was_open=False))
+            is_whole = end is End.CLOSE or end is End.KEEP
+            actions.append(Finish(linger=True) if is_whole else Abort())
+        return actions
 
     def _close(self, code: int | None, reason: str) -> Actions:
         """Begin the closing handshake; ``code`` None: a Close without one."""

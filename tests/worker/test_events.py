@@ -12,6 +12,7 @@ import pytest
 from channel_layer.codec import decode_event, encode_event
 from worker.events import (
     BODY_EVENT_BYTES_MAX,
+    EXTENSION_TRANSITIONS,
     TRANSITIONS,
     ClientDisconnected,
     HttpEvents,
@@ -381,3 +382,119 @@ def test_a_close_has_defaults_and_a_reason_of_none_is_empty() -> None:
 
 def test_repr_shows_the_state() -> None:
     assert repr(http_at(State.STARTED)) == "<HttpEvents STARTED>"
+
+
+# Extensions, where the scope offers them
+
+HINT = {"type": "http.response.early_hint", "links": [b"</a>; rel=preload"]}
+TRAILERS = {"type": "http.response.trailers", "headers": [(b"X-Sum", b"1")]}
+FILE = {"type": "http.response.pathsend", "path": "/file"}
+OFFERED = {"http.response.early_hint": {}, "http.response.trailers": {}, "http.response.pathsend": {}}
+
+
+def sent(events: SentEvents, *messages: dict[str, Any]) -> list[dict[str, Any]]:
+    return [event for message in messages for event in events.apply(message)]
+
+
+def test_early_hints_leave_before_the_held_start_and_mean_nothing_behind_it() -> None:
+    events = HttpEvents(OFFERED)
+    leaving = sent(events, HINT, START, HINT, {**BODY, "more_body": True}, HINT, BODY)
+    assert [event["type"].rpartition(".")[2] for event in leaving] == [
+        *("early_hint", "early_hint", "start", "body", "body"),
+    ]
+    assert leaving[0] == HINT
+    assert events.state is State.COMPLETE
+
+
+def test_promised_trailers_are_awaited_behind_the_last_body() -> None:
+    events = HttpEvents(OFFERED)
+    leaving = sent(events, {**START, "trailers": True}, BODY)
+    assert events.state is State.TRAILERS
+    assert leaving[0]["trailers"] is True
+    assert leaving[1]["trailers"] is True  # so nobody takes it for the end
+    with pytest.raises(InvalidEvent, match=r"expected 'http\.response\.trailers'"):
+        events.apply(BODY)
+    (first,) = events.apply({**TRAILERS, "more_trailers": True})
+    assert first == {
+        "type": "http.response.trailers",
+        "headers": [(b"x-sum", b"1")],
+        "more_trailers": True,
+    }
+    assert events.state is State.TRAILERS
+    (last,) = events.apply(TRAILERS)
+    assert last["more_trailers"] is False
+    assert events.is_complete
+
+
+def test_of_a_large_last_body_the_last_piece_tells_of_trailers() -> None:
+    events = HttpEvents(OFFERED)
+    large = {"type": "http.response.body", "body": bytes(200_000)}
+    _, *pieces = sent(events, {**START, "trailers": True}, large)
+    assert [("trailers" in piece, piece["more_body"]) for piece in pieces] == [(False, True)] * 3 + [(True, False)]
+
+
+def test_a_promise_of_trailers_that_are_not_offered_is_dropped() -> None:
+    events = HttpEvents()
+    assert "trailers" not in sent(events, {**START, "trailers": True}, BODY)[0]
+    assert events.is_complete
+
+
+def test_a_file_is_the_whole_body() -> None:
+    events = HttpEvents(OFFERED)
+    assert [event["type"] for event in sent(events, START, FILE)] == ["http.response.start", FILE["type"]]
+    assert events.is_complete
+    begun = HttpEvents(OFFERED)
+    sent(begun, START, {**BODY, "more_body": True})
+    with pytest.raises(InvalidEvent, match="the body has begun"):
+        begun.apply(FILE)
+
+
+@pytest.mark.parametrize(
+    ("before", "message", "text"),
+    [
+        ([], {**HINT, "links": b"</a>"}, "an iterable of bytes"),
+        ([], {**HINT, "links": ["</a>"]}, "encode it"),
+        ([], {**HINT, "links": [b"a\r\nb: c"]}, "has a CR, LF or NUL"),
+        ([], {"type": "http.response.early_hint"}, 'the key "links" is missing'),
+        ([], FILE, "no response has been started"),
+        ([START], {**FILE, "path": "file"}, "expected an absolute path"),
+        ([START], {**FILE, "path": b"/file"}, "expected a str"),
+        ([START], TRAILERS, "the response is being sent"),
+        ([], {**START, "trailers": 1}, "expected a bool"),
+        ([{**START, "trailers": True}, BODY], {**TRAILERS, "headers": [(b"Content-Length", b"1")]}, "a trailer"),
+    ],
+)
+def test_what_extensions_do_not_allow(before: list[dict[str, Any]], message: dict[str, Any], text: str) -> None:
+    events = HttpEvents(OFFERED)
+    sent(events, *before)
+    state = events.state
+    with pytest.raises(InvalidEvent, match=text):
+        events.apply(message)
+    assert events.state is state
+
+
+def test_a_websocket_is_refused_with_a_response() -> None:
+    events = WebSocketEvents({"websocket.http.response": {}})
+    start = {"type": "websocket.http.response.start", "status": 401, "headers": [(b"A", b"b")]}
+    body = {"type": "websocket.http.response.body", "body": b"no", "more_body": True}
+    assert sent(events, start) == []  # held, as that of an HTTP response
+    assert events.state is State.REFUSING
+    with pytest.raises(InvalidEvent, match=r"expected 'websocket\.http\.response\.body'"):
+        events.apply({"type": "websocket.accept"})
+    with pytest.raises(InvalidEvent, match=r'^websocket\.http\.response\.body: "body" is'):
+        list(events.apply({**body, "body": "text"}))
+    first, second = events.apply(body)
+    assert first == {**start, "headers": [(b"a", b"b")]}
+    assert second == body
+    assert [event["more_body"] for event in sent(events, {**body, "more_body": False})] == [False]
+    assert events.is_complete
+    with pytest.raises(ClientDisconnected):
+        events.apply(body)
+
+
+def test_the_table_of_extensions_has_no_state_that_this_test_forgot() -> None:
+    assert {kind for _, kind in EXTENSION_TRANSITIONS} == {
+        *(HINT["type"], TRAILERS["type"], FILE["type"]),
+        *("websocket.http.response.start", "websocket.http.response.body"),
+    }
+    assert set(EXTENSION_TRANSITIONS.values()) <= set(State)

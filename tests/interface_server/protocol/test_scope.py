@@ -32,15 +32,31 @@ def test_http_scope() -> None:
         "raw_path": b"/a%20b",
         "query_string": b"x=%3f",
         "headers": [(b"host", b"example.org"), (b"a", b"1"), (b"b", b"2"), (b"a", b"3")],
-        "extensions": {},
+        "extensions": {"http.response.early_hint": {}},
     }
+
+
+def test_extensions_are_what_this_request_can_have() -> None:
+    def offered(version: str, *fields: tuple[bytes, bytes], pathsend: bool = False) -> set[str]:
+        request = RequestHead(
+            method="GET", raw_path=b"/", query_string=b"", http_version=version, headers=list(fields)
+        )
+        return set(build_http_scope(request, PEER, root_path="", pathsend=pathsend)["extensions"])
+
+    early_hint, trailers, pathsend = "http.response.early_hint", "http.response.trailers", "http.response.pathsend"
+    assert offered("1.0", (b"te", b"trailers")) == set()
+    assert offered("1.0", pathsend=True) == {pathsend}
+    assert offered("1.1", (b"te", b"gzip;q=0.5")) == {early_hint}
+    assert offered("1.1", (b"te", b"gzip;q=0.5, Trailers")) == {early_hint, trailers}
+    assert offered("2") == {early_hint, trailers}
 
 
 def test_websocket_scope() -> None:
     scope = build_websocket_scope(head(), PEER, root_path="", subprotocols=["chat", "v2"])
     expected = build_http_scope(head(), PEER, root_path="")
     del expected["method"]
-    assert scope == {**expected, "type": "websocket", "scheme": "ws", "subprotocols": ["chat", "v2"]}
+    expected |= {"type": "websocket", "scheme": "ws", "subprotocols": ["chat", "v2"]}
+    assert scope == {**expected, "extensions": {"websocket.http.response": {}}}
 
 
 def test_schemes_under_tls() -> None:

@@ -4,6 +4,8 @@ import pytest
 
 from channel_layer.frames import Outcome
 from interface_server.client import Refusal
+from interface_server.protocol.server_headers import ServerHeaders
+from interface_server.protocol.websocket_answers import Http1Answers
 from interface_server.protocol.websocket_frames import PONG, TEXT, build_close, build_frame
 from interface_server.protocol.websocket_handshake import read_handshake
 from interface_server.protocol.websocket_session import (
@@ -28,10 +30,11 @@ def disconnect(code, reason=""):
 
 
 def build_session(state=State.CONNECTING, *, extra=()):
-    session = WebSocketSession(
-        read_handshake(build_head(extra=extra)), server_headers=lambda: [(b"server", b"trunkline")]
-    )
-    if state is not State.CONNECTING:
+    server_headers = ServerHeaders(date=False, server=True, clock=lambda: 0.0)
+    session = WebSocketSession(read_handshake(build_head(extra=extra)), answers=Http1Answers(server_headers))
+    if state is State.REFUSING:
+        session.application_event({"type": "websocket.http.response.start", "status": 401, "headers": []})
+    elif state is not State.CONNECTING:
         session.application_event({"type": "websocket.accept"})
     if state is State.CLOSING:
         session.application_event({"type": "websocket.close"})
@@ -46,6 +49,12 @@ INPUTS = {
     Input.ACCEPT: lambda session: session.application_event({"type": "websocket.accept"}),
     Input.SEND: lambda session: session.application_event({"type": "websocket.send", "text": "x"}),
     Input.CLOSE: lambda session: session.application_event({"type": "websocket.close", "code": 4001, "reason": "r"}),
+    Input.RESPONSE_START: lambda session: session.application_event(
+        {"type": "websocket.http.response.start", "status": 403, "headers": []}
+    ),
+    Input.RESPONSE_BODY: lambda session: session.application_event(
+        {"type": "websocket.http.response.body", "body": b"no", "more_body": False}
+    ),
     Input.INVALID: lambda session: session.application_event({"type": "websocket.bogus"}),
     Input.RETURNED: lambda session: session.application_ended(Outcome.RETURNED),
     Input.RAISED: lambda session: session.application_ended(Outcome.RAISED),
@@ -71,6 +80,8 @@ EXPECTED = {
     (State.CONNECTING, Input.ACCEPT): ["HTTP", Opened()],
     (State.CONNECTING, Input.SEND): [],
     (State.CONNECTING, Input.CLOSE): refusal(403),
+    (State.CONNECTING, Input.RESPONSE_START): [],
+    (State.CONNECTING, Input.RESPONSE_BODY): [],
     (State.CONNECTING, Input.INVALID): [],
     (State.CONNECTING, Input.RETURNED): refusal(500),
     (State.CONNECTING, Input.RAISED): refusal(500),
@@ -78,7 +89,21 @@ EXPECTED = {
     (State.CONNECTING, Input.REFUSED): refusal(502),
     (State.CONNECTING, Input.LOST): [disconnect(1006)],
     (State.CONNECTING, Input.TIMED_OUT): refusal(504),
+    (State.REFUSING, Input.ACCEPT): [],
+    (State.REFUSING, Input.SEND): [],
+    (State.REFUSING, Input.CLOSE): [],
+    (State.REFUSING, Input.RESPONSE_START): [],
+    (State.REFUSING, Input.RESPONSE_BODY): refusal(401),
+    (State.REFUSING, Input.INVALID): [],
+    (State.REFUSING, Input.RETURNED): refusal(500),
+    (State.REFUSING, Input.RAISED): refusal(500),
+    (State.REFUSING, Input.CANCELLED): refusal(500),
+    (State.REFUSING, Input.REFUSED): refusal(502),
+    (State.REFUSING, Input.LOST): [disconnect(1006)],
+    (State.REFUSING, Input.TIMED_OUT): [disconnect(1006), Abort()],
     (State.OPEN, Input.ACCEPT): [],
+    (State.OPEN, Input.RESPONSE_START): [],
+    (State.OPEN, Input.RESPONSE_BODY): [],
     (State.OPEN, Input.SEND): [Write(build_frame(TEXT, b"x"))],
     (State.OPEN, Input.CLOSE): [Write(build_close(4001, "r")), disconnect(4001, "r")],
     (State.OPEN, Input.INVALID): [],
@@ -95,6 +120,8 @@ EXPECTED = {
     (State.CLOSING, Input.ACCEPT): [],
     (State.CLOSING, Input.SEND): [],
     (State.CLOSING, Input.CLOSE): [],
+    (State.CLOSING, Input.RESPONSE_START): [],
+    (State.CLOSING, Input.RESPONSE_BODY): [],
     (State.CLOSING, Input.INVALID): [],
     (State.CLOSING, Input.RETURNED): [],
     (State.CLOSING, Input.RAISED): [],
@@ -117,7 +144,9 @@ def test_the_tables_are_complete():
     assert set(TRANSITIONS) == set(EXPECTED)
     # Nothing but these is left out: before the accept nobody reads what a client sends.
     assert set(PAIRS) - set(TRANSITIONS) == {
-        (State.CONNECTING, input_) for input_ in (Input.MESSAGE, Input.PING, Input.PEER_CLOSE, Input.FAULT)
+        (state, input_)
+        for state in (State.CONNECTING, State.REFUSING)
+        for input_ in (Input.MESSAGE, Input.PING, Input.PEER_CLOSE, Input.FAULT)
     }
 
 
@@ -129,7 +158,8 @@ def test_every_input_in_every_state(state, input_):
             INPUTS[input_](session)
         return
     actions = list(INPUTS[input_](session))
-    assert session.state is TRANSITIONS[state, input_]
+    ends = (state, input_) == (State.REFUSING, Input.RESPONSE_BODY)  # it is the last one here
+    assert session.state is (State.CLOSED if ends else TRANSITIONS[state, input_])
     expected = EXPECTED[state, input_]
     if expected and expected[0] == "HTTP":
         assert actions.pop(0).data.startswith(b"HTTP/1.1 ")
@@ -153,6 +183,20 @@ def test_nothing_is_written_behind_the_end(state, input_):
     for position, action in enumerate(actions):
         if isinstance(action, Finish | Abort):
             assert actions[position + 1 :] == []
+
+
+# Refused with a response of the application
+
+
+def test_a_response_of_the_application_is_streamed():
+    session = build_session(State.REFUSING)
+    (write,) = session.application_event(
+        {"type": "websocket.http.response.body", "body": b"first", "more_body": True}
+    )
+    assert write.data.startswith(b"HTTP/1.1 401 Unauthorized\r\nconnection: close\r\n")
+    assert write.data.endswith(b"\r\n\r\n5\r\nfirst\r\n")
+    # The head is written: what is missing can only be cut.
+    assert list(session.application_ended(Outcome.RAISED)) == [Refused(401), disconnect(1006), Abort()]
 
 
 # Accept
