@@ -297,17 +297,21 @@ class WorkerProcess:
                 logger.debug("no openings of %s: %s", channel, error)
                 await asyncio.sleep(TAKE_RETRY_S)
                 continue
-            opened = [instance for data in taken if (instance := self._open(protocol, data)) is not None]
-            for instance in opened:
-                if instance.is_safe:
-                    instance.start()
-                else:
-                    self._unanswered[instance] = self._loop.time() + GRANT_TIMEOUT_S
-                    self._arm_grant_timer()
-            # Behind the starts: the links push what they have when these have had their first turn, so the answer of
-            # an application that does not wait leaves with its claim, and not a round trip of the broker later.
-            for instance in opened:
-                self._layer.link_send(instance.peer, build_claim(instance.connection, instance.epoch))
+            self._open_all(protocol, taken)
+
+    def _open_all(self, protocol: str, taken: list[bytes]) -> None:
+        # Not in _take: there its last instances would stay, as variables, until the next ones come.
+        opened = [instance for data in taken if (instance := self._open(protocol, data)) is not None]
+        for instance in opened:
+            if instance.is_safe:
+                instance.start()
+            else:
+                self._unanswered[instance] = self._loop.time() + GRANT_TIMEOUT_S
+                self._arm_grant_timer()
+        # Behind the starts: the links push what they have when these have had their first turn, so the answer of an
+        # application that does not wait leaves with its claim, and not a round trip of the broker later.
+        for instance in opened:
+            self._layer.link_send(instance.peer, build_claim(instance.connection, instance.epoch))
 
     def _taker_done(self, taker: asyncio.Task[None]) -> None:
         error = taker.exception() if not taker.cancelled() else None

@@ -223,7 +223,17 @@ def test_nothing_is_left_of_connections_that_are_over():
         for _ in range(ROUNDS):
             asyncio.run(one_round(served.port))
         # Clients that closed their socket while they waited for a response count as gone after 5 s.
-        wait_until(lambda: household.look() == before, 15, "everything is as before")
+        seen = []
+
+        def is_as_before():
+            seen.append(household.look())
+            return seen[-1] == before
+
+        try:
+            wait_until(is_as_before, 15, "everything is as before")
+        except AssertionError:
+            assert seen[-1] == before  # which shows the difference
+            raise
         wait_until(
             lambda: all(count < descriptors_before[role] + 5 for role, count in household.descriptors().items()),
             15,
