@@ -28,6 +28,7 @@ from typing import Any, Final
 from channel_layer import scripts
 from channel_layer.blocking_reader import BlockingReader
 from channel_layer.broker_connection import (
+    REFUSALS,
     Argument,
     BrokerConnection,
     BrokerNotServing,
@@ -54,9 +55,6 @@ HEARTBEAT_S: Final = 2.0
 
 # BLMPOP, LPOP with a count in scripts, and effects replication of scripts that call TIME.
 _VERSION_MIN: Final = (7, 0)
-
-# Error codes of a broker that answers and takes no writes: out of memory, out of disk, out of replicas.
-_REFUSALS: Final = ("OOM", "MISCONF", "NOREPLICAS")
 
 _CLIENT_NAME = re.compile(r"[!-~]+")  # what CLIENT SETNAME takes
 
@@ -223,7 +221,7 @@ class Broker:
         Raises BrokerUnavailable.
         """
         errors = parse_info(await self.call("INFO", "errorstats"))
-        counts = (errors.get(f"errorstat_{code}", "") for code in _REFUSALS)
+        counts = (errors.get(f"errorstat_{code}", "") for code in REFUSALS)
         return sum(int(count.removeprefix("count=")) for count in counts if count)
 
     def time_ms(self) -> int:

@@ -30,12 +30,14 @@ from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitabl
 from channel_layer.scripts import Script
 
 __all__ = [
+    "REFUSALS",
     "Answer",
     "Argument",
     "BrokerConnection",
     "BrokerNotServing",
     "CommandCounters",
     "ServerIdentity",
+    "WritesRefused",
     "open_connection",
     "pack_command",
     "parse_info",
@@ -58,12 +60,20 @@ UNWRITTEN_BYTES_MAX: Final = 32 * 1024 * 1024
 # blocked read then ends with UNBLOCKED), or a script keeps it busy. The command was not carried out.
 _NOT_SERVING: Final = frozenset({"BUSY", "LOADING", "MASTERDOWN", "READONLY", "UNBLOCKED"})
 
+# Error codes of a broker that goes on answering and takes no writes for now, reads that pop included: no memory, disk
+# or replicas left.
+REFUSALS: Final = frozenset({"MISCONF", "NOREPLICAS", "OOM"})
+
 # What hiredis returns while no whole answer is there. An object of our own: no answer can equal it.
 _NO_ANSWER: Final = object()
 
 
 class BrokerNotServing(BrokerUnavailable):
     """The broker answers, but serves no writes at the moment: it loads its data or is a replica."""
+
+
+class WritesRefused(BrokerError):
+    """The broker answers, but takes no writes at the moment: memory, disk or replicas are missing."""
 
 
 class Answer(Protocol):
@@ -314,7 +324,10 @@ class BrokerConnection(asyncio.Protocol):
 
     def _translate(self, reply: hiredis.ReplyError) -> BrokerError | BrokerUnavailable:
         text = str(reply)
-        if text.partition(" ")[0] in _NOT_SERVING:
+        code = text.partition(" ")[0]
+        if code in REFUSALS:
+            return WritesRefused(text)
+        if code in _NOT_SERVING:
             return BrokerNotServing(f"broker {self._name} does not serve: {text}")
         if text.startswith("ERR max number of clients"):
             return BrokerUnavailable(f"broker {self._name}: {text}")

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from channel_layer import scripts
 from channel_layer.broker import BlockingReader, Broker
+from channel_layer.broker_connection import WritesRefused
 from channel_layer.channels_compat import channel_full
 from channel_layer.errors import BrokerUnavailable
 
@@ -307,6 +308,12 @@ class InboxReader:
                 failures += 1
                 if failures > 1:
                     await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
+                continue
+            except WritesRefused as error:
+                failures += 1
+                if failures == 1:
+                    logger.error("the inbox cannot be read for now, trying again: %s", error)
+                await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
                 continue
             except Exception:
                 self._error_count += 1

@@ -19,6 +19,7 @@ from typing import Final
 
 from channel_layer import scripts
 from channel_layer.broker import BlockingReader, Broker
+from channel_layer.broker_connection import WritesRefused
 from channel_layer.errors import BrokerError, BrokerUnavailable, WireError
 from channel_layer.messages import split_element
 
@@ -134,7 +135,8 @@ class NormalChannels:
         """Wait for one to ``count`` elements, oldest first, as the broker held them (messages.split_element).
 
         A cancelled call takes nothing: what was on its way to it goes to another call or back to the head. Waits
-        through outages of the broker. Raises BrokerError if the broker refuses the read.
+        through outages of the broker, and while it takes no writes. Raises BrokerError if the broker refuses the
+        read for another reason.
         """
         state = self._reader(channel)
         waiter = _Waiter(count, self._loop.create_future())
@@ -245,6 +247,11 @@ class NormalChannels:
                     failures += 1
                     if failures > 1:  # else the next pop() waits for the broker itself
                         await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
+                except WritesRefused as error:
+                    failures += 1
+                    if failures == 1:
+                        logger.error("%s cannot be read for now, trying again: %s", state.key, error)
+                    await asyncio.sleep(_PAUSE_AFTER_ERROR_S)
                 except BrokerError as error:
                     self._fail(state, error)
         except Exception as error:
@@ -256,7 +263,7 @@ class NormalChannels:
             raise
         finally:
             await state.reader.close()
-            if state.returned:
+            while state.returned:
                 await self._return(state.key, self._collect_returned(state))
             self._fail(state, BrokerUnavailable("the channel layer was closed while receive() waited"))
 

@@ -1,0 +1,38 @@
+"""Reading normal channels while the broker refuses to be read."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from channel_layer.errors import BrokerError
+from tests.channel_layer.processes import PATIENCE_S, started, until
+from tests.servers import BrokerServer
+
+
+async def test_a_broker_that_takes_no_writes_for_a_while_is_waited_for(any_broker_server: BrokerServer) -> None:
+    """Popping is a write: a full disk (MISCONF) or a replica that is away (NOREPLICAS) must not end workers."""
+    async with (
+        started(any_broker_server.url) as (worker, _),
+        started(any_broker_server.url, "interface") as (other, _),
+    ):
+        taking = asyncio.create_task(worker.take_openings("http.request", 8))
+        with any_broker_server.client() as client:
+            client.config_set("min-replicas-to-write", 1)
+            await asyncio.sleep(2.5)  # a read that is under way goes on for 2 s
+            refused = client.info("errorstats")["errorstat_NOREPLICAS"]["count"]
+            await until(lambda: client.info("errorstats")["errorstat_NOREPLICAS"]["count"] > refused + 5)
+            assert not taking.done()
+            client.config_set("min-replicas-to-write", 0)
+        await other.push_opening("http.request", b"opening")
+        async with asyncio.timeout(PATIENCE_S):
+            assert await taking == [b"opening"]
+
+
+async def test_a_key_of_another_type_fails_the_call(broker_server: BrokerServer) -> None:
+    async with started(broker_server.url) as (worker, _):
+        with broker_server.client() as client:
+            client.set("trunkline:1:channel:{jobs}", "no list")
+        with pytest.raises(BrokerError, match="WRONGTYPE"):
+            await worker.receive("jobs")
