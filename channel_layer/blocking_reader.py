@@ -9,7 +9,7 @@ and what the elements mean (the callers), deadlines (they travel inside the elem
          +---- failed, lost --+------------+--------------------+            any --close--> CLOSED
 
 What the broker has popped and answered on a connection that was lost before the answer arrived is lost with it:
-delivery is at most once. Links repair that for connections (DESIGN: "Links"); a normal channel does not.
+delivery is at most once. Links repair that for connections (link.py); a normal channel does not.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The two halves of a client connection's event stream, with credit: DESIGN "Flow control".
+"""The two halves of a client connection's event stream, with credit (docs/flow_control.md).
 
 Lives here: cutting events into frames no faster than the reader consumes them (``OutgoingEvents``), and putting
 them together again (``IncomingEvents``). Each side of a connection has one of each. No I/O, no clock: a link

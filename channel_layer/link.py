@@ -1,4 +1,4 @@
-"""One link: nothing lost, doubled or reordered between two live processes. DESIGN section 3, "Links".
+"""One link: nothing lost, doubled or reordered between two live processes (docs/architecture.md, "Links").
 
 Lives here: the state machine for one peer, without I/O. Time comes in as ``now`` (seconds of a monotonic clock),
 blobs go out of ``collect`` and come in through ``receive``. Does not live here: the loop, the timer and the broker

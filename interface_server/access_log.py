@@ -8,7 +8,7 @@
 The time is the application's, as a client feels it: from the moment the opening left for a worker to the response
 start (the accept, the refusal); for ``closed`` it is how long the WebSocket was open. No time is written where no
 application was asked (a 400). What a client sent is escaped, so that it cannot forge lines or steer a terminal.
-Handlers, level and colours are the business of trunkline/logging.py.
+Handlers, level and colours are the business of trunkline/logs.py.
 """
 
 from __future__ import annotations

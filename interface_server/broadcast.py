@@ -9,7 +9,7 @@ Order is kept by each connection's own queue: a broadcast is appended to the que
 empty and stands behind. So there is no order between fan-outs to look after, and several broadcasts to one
 connection within a loop turn become one write.
 
-Does not live here: the queue (connections.py), writing (websocket.py).
+Does not live here: the queue (client_connection.py), writing (websocket.py).
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _LOGGER: Final = logging.getLogger("trunkline.interface")
 _SLICE_CONNECTIONS: Final = 32
 _SLICE_S: Final = 0.005
 
-# Writes that may be queued before the next messages are read from our inbox. Nobody else slows down who sends more than
-# our sockets can be written to, and the queues would grow for ever. At some 10 us each this is half a second of work,
-# and some 10 MB. At the limit the inbox is held until all of it is written; its links then fill, and their senders
-# drop what a group sends (process_layer.py).
+# Writes that may be queued before the next messages are read from our inbox. Nobody else slows down who sends more
+# than our sockets can be written to, and the queues would grow for ever. At some 10 us each this is half a second of
+# work, and some 10 MB. At the limit the inbox is held until all of it is written; its links then fill, and their
+# senders drop what a group sends (process_layer.py).
 _BACKLOG_MAX: Final = 50_000
 
 # A message counts at least so much where it waits: ten thousand empty ones are not free.
@@ -120,7 +120,7 @@ class FanOut:
         slice_s: float = _SLICE_S,
         backlog_max: int = _BACKLOG_MAX,
     ) -> None:
-        """``hold_input(True)`` is called when too much waits to be written, ``hold_input(False)`` when nothing does."""
+        """``hold_input(True)`` is called when too much waits to be written, with False when nothing does any more."""
         self._call_soon = call_soon
         self._hold_input = hold_input
         self._backlog_max = backlog_max

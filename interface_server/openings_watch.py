@@ -1,7 +1,7 @@
 """Which openings wait for a worker, which are lost, which have waited too long. No I/O and no clock of its own.
 
 A taken opening leaves no trace in the broker, so one that nobody has claimed for a while is looked for
-(DESIGN.md section 3, "Opening"). connections.py carries the looking, sending again and removing out and tells
+(docs/architecture.md). connections.py carries the looking, sending again and removing out and tells
 this class the answers.
 
     stored --2 s--> OVERDUE --found--> OVERDUE (looked for again, once a second)
@@ -25,7 +25,7 @@ from channel_layer.enums import quick
 
 __all__ = ["Decision", "Look", "OpeningsWatch", "OpeningsWatchStatistics"]
 
-# DESIGN.md section 3. A worker that took an opening claims it within milliseconds, a busy one within the loop turn.
+# A worker that took an opening claims it within milliseconds, a busy one within the loop turn.
 OVERDUE_S: Final = 2.0
 LOOK_PERIOD_S: Final = 1.0
 LOST_SENDS_MAX: Final = 3  # beyond: the connection is refused with OPENING_LOST

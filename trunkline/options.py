@@ -128,6 +128,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
         commands=ALL,
         metavar="URL",
         field="redis_url",
+        secret=True,  # it may hold a password
         help="the broker: redis://, rediss:// or unix:// URL (serve: an embedded one if absent)",
     ),
     Option(flag="prefix", commands=ALL, help="keys begin with this, so that deployments can share a broker"),

@@ -38,8 +38,9 @@ RESTART_DELAY_S_MAX: Final = 5.0
 # A process that lived this long is not "keeping dying".
 STEADY_AFTER_S: Final = 10.0
 BROKER_START_TIMEOUT_S: Final = 10.0
-# After SIGTERM a process has this long; then it is killed. Above the processes' own grace periods.
-STOP_TIMEOUT_S: Final = 15.0
+# After SIGTERM a process has this long; then it is killed. Above the processes' own grace periods: a worker lets its
+# connections end (10 s, and 2 s for threads) and its lifespan shut down (30 s).
+STOP_TIMEOUT_S: Final = 45.0
 RELOAD_STOP_TIMEOUT_S: Final = 5.0
 BROKER_STOP_TIMEOUT_S: Final = 2.0
 

@@ -44,7 +44,7 @@ __all__ = ["WorkerProcess", "WorkerStatistics", "run"]
 
 logger = logging.getLogger("trunkline.worker")
 
-# DESIGN section 3, "Opening": enough to save round trips, few enough that idle workers get their share.
+# Enough to save round trips, few enough that idle workers get their share.
 OPENINGS_AT_ONCE: Final = 8
 # A claim that nobody answers is given up: the interface server may be gone, or the opening an old copy.
 GRANT_TIMEOUT_S: Final = 5.0
