@@ -40,7 +40,8 @@ RENEWAL_INTERVAL_S: Final = 15.0
 _MARGIN_S: Final = 5.0
 # Renewals written at once; the next portion waits for the answers.
 _PORTION: Final = 500
-# Groups that were left while the broker was away, to be removed when it is back. Beyond, they end by their deadline.
+# Groups that were left and are not removed from the registry yet: the broker is away, or a portion is under way.
+# Beyond, they end by their deadline.
 _LEFT_MAX: Final = 100_000
 
 # Told None when the group is registered, else why not.
@@ -83,7 +84,8 @@ class Groups:
         # and a live view breaks when a member leaves because it cannot take the message.
         self._members: dict[str, tuple[str, ...]] = {}
         self._registrations: dict[str, _Registration] = {}
-        self._left: set[str] = set()
+        self._left: dict[str, None] = {}
+        self._removing = 0  # removals without an answer
         self._renewing: asyncio.Task[None] | None = None
         self._registered_count = 0
         self._failed_count = 0
@@ -213,10 +215,7 @@ class Groups:
 
     def broker_restored(self) -> None:
         """The broker is back, or lost its data: register everything anew, at once."""
-        left, self._left = self._left, set()
-        for group in left:
-            if group not in self._registrations:
-                self._remove(group)
+        self._remove_more()
         for registration in self._registrations.values():
             registration.valid_until = 0.0
         if self._renewing is not None:
@@ -229,7 +228,8 @@ class Groups:
         if self._renewing is not None:
             self._renewing.cancel()
             await asyncio.wait((self._renewing,))
-        groups = list(self._registrations)
+        groups = [*self._registrations, *self._left]
+        self._left.clear()
         self._channels_of.clear()
         self._groups_of.clear()
         self._members.clear()
@@ -237,7 +237,9 @@ class Groups:
         for start in range(0, len(groups), _PORTION):
             if not self._broker.reachable:
                 return  # the deadlines will do it
-            await asyncio.wait([self._remove(group) for group in groups[start : start + _PORTION]])
+            portion = groups[start : start + _PORTION]
+            calls = [self._broker.call("ZREM", self._keys.group(group), self._process_id) for group in portion]
+            await asyncio.gather(*calls, return_exceptions=True)
 
     # The registry
 
@@ -285,16 +287,32 @@ class Groups:
         waiting, registration.waiting = registration.waiting, []
         for when_registered in waiting:
             when_registered(None)  # it joined and left again; there is nothing to wait for
-        self._remove(group)
+        if self._removing < _PORTION:
+            self._remove(group)
+        elif len(self._left) < _LEFT_MAX:
+            # Thousands of clients leave at once: the connection is for others, too.
+            self._left[group] = None
 
-    def _remove(self, group: str) -> asyncio.Future[Any]:
+    def _remove(self, group: str) -> None:
+        self._removing += 1
         answer = self._broker.call("ZREM", self._keys.group(group), self._process_id)
         answer.add_done_callback(lambda future: self._removed(group, future))
-        return answer
 
     def _removed(self, group: str, answer: asyncio.Future[Any]) -> None:
-        if not answer.cancelled() and answer.exception() is not None and len(self._left) < _LEFT_MAX:
-            self._left.add(group)
+        self._removing -= 1
+        if answer.cancelled():
+            return
+        if answer.exception() is None:
+            self._remove_more()
+        elif len(self._left) < _LEFT_MAX:
+            self._left[group] = None
+
+    def _remove_more(self) -> None:
+        while self._left and self._removing < _PORTION:
+            group = next(iter(self._left))
+            del self._left[group]
+            if group not in self._registrations:  # else somebody has joined again
+                self._remove(group)
 
 
 def _ignore(error: Exception | None) -> None:

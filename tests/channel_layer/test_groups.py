@@ -223,6 +223,25 @@ async def test_groups_left_during_an_outage_are_removed_after_it(groups: Groups,
     assert registry.sets == {"left": set(), "again": {"w1"}}
 
 
+async def test_thousands_of_groups_are_left_in_portions(groups: Groups, registry: Registry) -> None:
+    """Or the pushes of the same moment would be refused because too many commands are unanswered."""
+    for number in range(1200):
+        groups.add(f"group-{number}", f"x.w1!{number}", lambda error: None)
+    await turns()
+    registry.is_slow = True
+    registry.commands.clear()
+    groups.forget([f"x.w1!{number}" for number in range(1200)])
+    await turns()
+    assert len(registry.commands) == 500
+    registry.is_slow = False
+    groups.add("group-1100", "x.w1!new", lambda error: None)  # while its removal waits
+    for future in registry.unanswered:
+        future.set_result(1)
+    await until(lambda: sum(map(len, registry.sets.values())) == 1)
+    assert registry.sets["group-1100"] == {"w1"}
+    assert len(registry.commands) == 1200
+
+
 async def test_an_outage_stops_the_renewal_and_its_end_begins_it_anew(groups: Groups, registry: Registry) -> None:
     for number in range(600):
         groups.add(f"group-{number}", "x.w1!a", lambda error: None)
