@@ -838,6 +838,7 @@ async def test_an_oversized_message_is_1009_also_while_it_is_being_sent():
         (client_frame(5, b"a"), 1002),
         (client_close(1006), 1002),
     ],
+    ids=["invalid UTF-8", "unmasked", "long control frame", "reserved opcode", "code that is never sent"],
 )
 async def test_faults_reach_the_client_with_their_code(data, code):
     async with server() as connections:
