@@ -52,6 +52,9 @@ class ScriptedLayer:
     async def stop(self):
         self.is_stopped = True
 
+    def hold_inbox(self, held):
+        pass
+
     async def push_opening(self, channel, opening):
         decoded = decode_opening(opening)
         self.openings[decoded.connection] = decoded
