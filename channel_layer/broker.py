@@ -9,7 +9,7 @@ pipeline itself (broker_connection.py), blocking reads (blocking_reader.py), URL
 
 ``subscribe()`` tells about the two arrows between REACHABLE and LOST, and whether the broker lost its data: it is
 another server or another run of it (run_id, master_replid), or the generation key is missing or foreign
-(FLUSHALL without a disconnect is found by the heartbeat).
+(FLUSHALL without a disconnect is found by the heartbeat), or its clock has jumped ahead and everything expired.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ HEARTBEAT_S: Final = 2.0
 
 # BLMPOP, LPOP with a count in scripts, and effects replication of scripts that call TIME.
 _VERSION_MIN: Final = (7, 0)
+
+# A step of the broker's clock by more than this is taken for lost data: leases, registrations and lists expire.
+_CLOCK_STEP_MS: Final = 1000.0
 
 _CLIENT_NAME = re.compile(r"[!-~]+")  # what CLIENT SETNAME takes
 
@@ -280,14 +283,14 @@ class Broker:
                     await asyncio.sleep(RECONNECT_WAIT_FIRST_S)
                 else:
                     break
+            if self._is_closed:  # close() came while this waited
+                await connection.disconnect(str(self._lost_reason))
+                raise BrokerUnavailable(str(self._lost_reason))
+            self._take(connection, lineage)
         except BaseException:
             if not self._is_closed:
                 self._state = BrokerState.IDLE
             raise
-        if self._is_closed:  # close() came while this waited
-            await connection.disconnect(str(self._lost_reason))
-            raise BrokerUnavailable(str(self._lost_reason))
-        self._take(connection, lineage)
 
     async def close(self) -> None:
         """Disconnect for good; unanswered commands fail, open readers are closed first."""
@@ -455,8 +458,15 @@ class Broker:
         self.look_for_lost_data()
 
     def _time_answered(self, call: asyncio.Future[Any], asked_at: float) -> None:
-        if call.exception() is None:  # else the connection is lost or overloaded, which others report
-            self._read_clock(call.result(), asked_at, is_first=False)
+        if call.exception() is not None:
+            return  # the connection is lost or overloaded, which others report
+        before_ms = self._clock_offset_ms
+        self._read_clock(call.result(), asked_at, is_first=False)
+        if self._clock_offset_ms - before_ms > _CLOCK_STEP_MS:
+            # Its clock was set, or our machine was suspended: what had less time left than that has expired.
+            logger.warning("the clock of broker %s is %.1f s ahead of what it was", self._address,
+                           (self._clock_offset_ms - before_ms) / 1000)  # fmt: skip
+            self._tell(reachable=True, data_lost=True)
 
     def _read_clock(self, reply: Sequence[bytes], asked_at: float, *, is_first: bool) -> None:
         """Take an answer to TIME, asked at ``asked_at`` and answered now, both monotonic.

@@ -524,6 +524,26 @@ async def test_connect_may_be_tried_again(broker_server: BrokerServer) -> None:
     await broker.close()
 
 
+async def test_connect_may_be_tried_again_after_a_loss_at_its_last_instant(
+    broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = Broker(broker_server.url, client_name="test")
+    open_connection = broker._open
+
+    async def open_and_lose() -> Any:
+        connection, lineage = await open_connection()
+        connection.give_up("lost at the last instant")
+        return connection, lineage
+
+    monkeypatch.setattr(broker, "_open", open_and_lose)
+    with pytest.raises(BrokerUnavailable, match="last instant"):
+        await broker.connect()
+    monkeypatch.undo()
+    await broker.connect()
+    assert await broker.call("PING") == b"PONG"
+    await broker.close()
+
+
 async def test_close_while_connecting_ends_the_connecting(broker_server: BrokerServer) -> None:
     broker_server.pause()
     broker = Broker(broker_server.url, client_name="test")
@@ -736,6 +756,21 @@ async def test_a_late_answer_to_time_does_not_spoil_the_estimate(broker_server: 
         assert broker._clock_offset_ms == pytest.approx(offset_ms - 3_600_000, abs=1100)
 
 
+async def test_a_clock_that_jumps_ahead_is_lost_data_and_one_that_is_set_back_is_not(
+    broker_server: BrokerServer,
+) -> None:
+    """Registrations and leases have expired then, and so has everything that waits in a list."""
+    async with connected(broker_server.url) as broker:
+        changes: list[BrokerChange] = []
+        broker.subscribe(changes.append)
+        broker._clock_offset_ms += 3_600_000  # as if the clock had been set back since
+        await until(lambda: abs(broker.time_ms() - time.time() * 1000) < 1000)
+        assert changes == []
+        broker._clock_offset_ms -= 3_600_000
+        await until(lambda: changes, 3.0)
+        assert changes == [RESTORED_EMPTY]
+
+
 # Blocking reads
 
 
@@ -939,6 +974,30 @@ async def test_a_ghost_eats_nothing(any_broker_server: BrokerServer) -> None:
         assert await pop == ("list", [b"x"])
         assert reader.restored_count == 1
         assert reader.statistics().killed_ghost_count == 1
+
+
+async def test_a_ghost_that_may_not_be_killed_is_outlived(broker_server: BrokerServer) -> None:
+    """A user without the right to CLIENT KILL: reading stops for the time of one read, not for ever."""
+    async with BrokerProxy(broker_server.socket_path) as proxy, connected(proxy.url) as broker:
+        reader = broker.open_reader()
+        pop = asyncio.ensure_future(reader.pop(["list"], 1))
+        await until_blocked(broker_server)
+        proxy.abandon_clients()
+        with pytest.raises(BrokerUnavailable):
+            await pop
+        with broker_server.client() as client:
+
+            def blocked() -> set[str]:
+                return {each["id"] for each in client.client_list() if "b" in each["flags"]}
+
+            client.execute_command("ACL", "SETUSER", "default", "-client|kill")
+            ghost = blocked()
+            assert len(ghost) == 1
+            await broker.wait_reachable(5)
+            pop = asyncio.ensure_future(reader.pop(["list"], 1))
+            await until(lambda: blocked() and not blocked() & ghost)
+            client.rpush("list", "x")
+        assert await pop == ("list", [b"x"])
 
 
 async def test_a_cancelled_read_that_is_never_answered_is_given_up_and_its_ghost_killed(
