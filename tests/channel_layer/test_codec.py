@@ -274,6 +274,17 @@ def test_one_megabyte_of_json_passes() -> None:
         assert len(encode_message(message)) <= MESSAGE_BYTES_MAX
 
 
+@pytest.mark.parametrize("value", [1.5, -1.5, 0.5, 1e300, 1, -1, 2**63 - 1, True, None, "", "x", [], {}, [1.5]])
+def test_one_mebibyte_of_json_passes_whatever_its_arrays_hold(value: object) -> None:
+    def size(array: list[object]) -> int:
+        return len(json.dumps({"type": "x", "array": array}, separators=(",", ":")).encode())
+
+    count = (2**20 - size([])) // (size([value] * 2) - size([value]))
+    array = [value] * count
+    assert 2**20 - 30 < size(array) <= 2**20
+    assert len(encode_message({"type": "x", "array": array})) <= MESSAGE_BYTES_MAX
+
+
 def test_events_have_no_limit_here() -> None:
     event = {"type": "websocket.receive", "bytes": bytes(2 * MESSAGE_BYTES_MAX)}
     assert decode_event(encode_event(event)) == event
