@@ -9,6 +9,7 @@
       |                  |  +--response, body not read--> DRAIN --body read--+
       |                  +--response, not to be kept--> LINGER --end, timeout--> CLOSED
       +--refused--> LINGER        +--WebSocket--> UPGRADED
+      +--HTTP/2, by ALPN or its preface--> UPGRADED
 
 Requests on one connection are served one after the other. While one is served, what the client sends behind it waits
 unread in the reader, 64 KiB at most; then the socket is not read.
@@ -44,6 +45,7 @@ from interface_server.access_log import AccessLog
 from interface_server.connections import Connections
 from interface_server.deadlines import Deadlines
 from interface_server.end_watch import EndWatch, unread_bytes
+from interface_server.http2 import PREFACE, Http2Connection
 from interface_server.http_client import HttpClient
 from interface_server.protocol.actions import End
 from interface_server.protocol.errors import BadRequest
@@ -87,7 +89,7 @@ class Phase(Enum):
     EXCHANGE = "serves a request"
     DRAIN = "reads the rest of a body nobody wants"
     LINGER = "has answered for the last time"
-    UPGRADED = "belongs to a WebSocket"
+    UPGRADED = "belongs to a WebSocket, or speaks HTTP/2"
     CLOSED = "the socket is gone, or about to be"
 
 
@@ -186,7 +188,9 @@ class Http1Protocol(Protocol):
         self.deadline_tick: int | None = None  # of Deadlines
         self._reader = RequestReader(factory.limits)
         self._client: HttpClient | None = None  # in EXCHANGE
-        self._websocket: WebSocketClient | None = None  # in UPGRADED
+        self._successor: WebSocketClient | Http2Connection | None = None  # in UPGRADED
+        # The first bytes, while they may still be the preface of HTTP/2; None: they are not, or it is TLS.
+        self._first_bytes: bytes | None = b""
         self._peer = Peer(client=None, server=None)  # known from connectionMade on
         self._trusts_peer = False  # what it says about the client in headers
         self._descriptor = -1  # of the socket, for the end watch
@@ -227,17 +231,29 @@ class Http1Protocol(Protocol):
     def handshakeCompleted(self) -> None:
         """Of TLS."""
         self._peer = replace(self._peer, tls_extension=self.transport.describe_tls())
+        self._first_bytes = None
+        if self.transport.negotiatedProtocol == b"h2" and self.phase is Phase.HEAD:
+            self._speak_http2(b"")
 
     def dataReceived(self, data: bytes) -> None:
         phase = self.phase
         if phase is Phase.UPGRADED:
-            assert self._websocket is not None
-            self._websocket.data_received(data)
+            assert self._successor is not None
+            self._successor.data_received(data)
         elif phase is Phase.LINGER:
             self._dropped_bytes += len(data)
             if self._dropped_bytes > _LINGER_BYTES_MAX:
                 self._update_reading()
         elif phase is not Phase.CLOSED:
+            if self._first_bytes is not None:
+                data = self._first_bytes + data
+                if data.startswith(PREFACE):
+                    self._speak_http2(data)
+                    return
+                if PREFACE.startswith(data):
+                    self._first_bytes = data
+                    return
+                self._first_bytes = None
             self._reader.feed(data)
             self._advance()
 
@@ -246,7 +262,7 @@ class Http1Protocol(Protocol):
         self._read_ended = True
         if self.phase is Phase.UPGRADED:
             # A WebSocket ends with Close frames; one that ends like this has no more to say or to hear.
-            self._lose_websocket()
+            self._lose_successor()
             self._close()
         elif self.phase is Phase.LINGER:
             self._close()
@@ -272,23 +288,23 @@ class Http1Protocol(Protocol):
         client, self._client = self._client, None
         if client is not None:
             client.gone()
-        self._lose_websocket()
+        self._lose_successor()
         if not factory.protocols and factory.when_empty is not None:
             factory.when_empty()
 
     def pauseProducing(self) -> None:
         """The transport's buffer is full."""
         self._writing_paused = True
-        if self._websocket is not None:
-            self._websocket.pause_producing()
+        if self._successor is not None:
+            self._successor.pause_producing()
         elif self._client is not None:
             self._client.pause_writing()
 
     def resumeProducing(self) -> None:
         """The transport's buffer is empty."""
         self._writing_paused = False
-        if self._websocket is not None:
-            self._websocket.resume_producing()
+        if self._successor is not None:
+            self._successor.resume_producing()
         elif self._client is not None:
             self._client.resume_writing()
 
@@ -331,6 +347,8 @@ class Http1Protocol(Protocol):
             self._close()
         elif self._client is not None:
             self._client.exchange.close_after()
+        elif isinstance(self._successor, Http2Connection):
+            self._successor.stop()
 
     def abort(self) -> None:
         """Drop the socket; the application gets its disconnect now."""
@@ -338,8 +356,20 @@ class Http1Protocol(Protocol):
         client, self._client = self._client, None
         if client is not None:
             client.gone()
-        self._lose_websocket()
+        self._lose_successor()
         self.transport.abortConnection()
+
+    # Called by Http2Connection
+
+    def write_bytes(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def close_behind(self, *, linger: bool) -> None:
+        self._successor = None
+        if linger:
+            self._linger()
+        else:
+            self._close()
 
     # Called by HttpClient
 
@@ -527,7 +557,7 @@ class Http1Protocol(Protocol):
         self.phase = Phase.UPGRADED
         rest = self._reader.take_rest()
         websocket = factory.websockets.upgrade(head, peer=peer, transport=self.transport)
-        self._websocket = websocket
+        self._successor = websocket
         self._watch_end()
         if self._writing_paused:
             websocket.pause_producing()
@@ -535,6 +565,17 @@ class Http1Protocol(Protocol):
             websocket.data_received(rest)
         if self._read_ended:
             self.readConnectionLost()
+
+    def _speak_http2(self, data: bytes) -> None:
+        """Everything belongs to HTTP/2 from now on; ``data`` begins with its preface."""
+        self._first_bytes = None
+        self.phase = Phase.UPGRADED
+        self.factory.deadlines.disarm(self)
+        self._successor = successor = Http2Connection(self, self.factory, self._peer, trusts_peer=self._trusts_peer)
+        if self._writing_paused:
+            successor.pause_producing()
+        if data:
+            successor.data_received(data)
 
     def _failed(self, failure: BadRequest) -> None:
         if self.phase is Phase.HEAD:
@@ -618,10 +659,10 @@ class Http1Protocol(Protocol):
         self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
         self.transport.loseConnection()
 
-    def _lose_websocket(self) -> None:
-        websocket, self._websocket = self._websocket, None
-        if websocket is not None:
-            websocket.connection_lost()
+    def _lose_successor(self) -> None:
+        successor, self._successor = self._successor, None
+        if successor is not None:
+            successor.connection_lost()
 
     # The end of a socket that is not read
 

@@ -125,7 +125,7 @@ def _load_tls(settings: InterfaceSettings, loop: asyncio.AbstractEventLoop) -> T
     from interface_server.tls import TlsContext, TlsSettingsError
 
     try:
-        context = TlsContext(settings, alpn=(b"http/1.1",))
+        context = TlsContext(settings, alpn=(b"h2", b"http/1.1"))
     except TlsSettingsError as error:
         raise _WrongInput(str(error)) from error
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 from channel_layer.frames import Outcome
 from interface_server.client import Connection, Refusal
 from interface_server.frame_reader import FrameReader
+from interface_server.protocol.http2_websocket import Http2Answers, read_extended_connect
 from interface_server.protocol.request import Peer, RequestHead
 from interface_server.protocol.scope import build_websocket_scope
 from interface_server.protocol.websocket_answers import Http1Answers
@@ -92,6 +93,7 @@ class WebSockets:
         self.access_log = access_log
         self.deadlines = deadlines
         self.answers = Http1Answers(server_headers)
+        self.http2_answers = Http2Answers(server_headers)
         self.clients: set[WebSocketClient] = set()  # until their sockets are gone; bounded by the sockets
         self.refused_count = 0
         self.dropped_count = 0
@@ -117,6 +119,7 @@ class WebSockets:
         *,
         peer: Peer,
         transport: Any,
+        over_http2: bool = False,
     ) -> WebSocketClient:
         """Take a connection over whose request ``is_websocket_upgrade``; ``peer`` as proxy_headers.py decided.
 
@@ -124,13 +127,14 @@ class WebSockets:
         behind the head first), ``pause_producing`` and ``resume_producing`` as its producer, ``connection_lost``.
         A faulty handshake is answered here; its client only waits for the end of the socket.
         """
-        return WebSocketClient(self, head, peer=peer, transport=transport)
+        return WebSocketClient(self, head, peer=peer, transport=transport, over_http2=over_http2)
 
 
 class WebSocketClient:
     """One WebSocket. Implements ``client.Client``; never raises."""
 
     __slots__ = (
+        "_answers",
         "_application_is_full",
         "_broker_away_s",
         "_buffered_bytes_before",
@@ -159,10 +163,12 @@ class WebSocketClient:
         *,
         peer: Peer,
         transport: Any,
+        over_http2: bool,
     ) -> None:
         now = shared.deadlines.clock()
         self._shared = shared
-        self._transport = transport  # ITCPTransport, or a TLS one
+        self._transport = transport  # ITCPTransport, a TLS one, or a stream of HTTP/2
+        self._answers: Http1Answers | Http2Answers = shared.http2_answers if over_http2 else shared.answers
         self.deadline_tick: int | None = None  # of Deadlines
         self._session: WebSocketSession | None = None  # None: the handshake was faulty, nobody was asked
         self._connection: Connection | None = None  # until the application has been told of the end
@@ -186,7 +192,7 @@ class WebSocketClient:
         }
         shared.clients.add(self)
         try:
-            handshake = read_handshake(head)
+            handshake = read_extended_connect(head) if over_http2 else read_handshake(head)
         except HandshakeFault as fault:
             self._refuse_fault(fault)
         else:
@@ -204,7 +210,7 @@ class WebSocketClient:
 
     def _open(self, handshake: Handshake, head: RequestHead, peer: Peer) -> None:
         shared = self._shared
-        self._session = WebSocketSession(handshake, answers=shared.answers)
+        self._session = WebSocketSession(handshake, answers=self._answers)
         scope = build_websocket_scope(
             head, peer, root_path=shared.settings.root_path, subprotocols=handshake.subprotocols
         )
@@ -217,7 +223,7 @@ class WebSocketClient:
         shared = self._shared
         shared.refused_count += 1
         shared.access_log.websocket_refused(**self._log_target, status=fault.status)
-        for part in shared.answers.refuse(fault.status, str(fault), fault.headers):
+        for part in self._answers.refuse(fault.status, str(fault), fault.headers):
             self._write(part)
         self._finish(linger=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from channel_layer.enums import quick
 
@@ -25,7 +25,7 @@ class End(Enum):
 class Output(NamedTuple):
     """One step. ``data`` is written at once and in order; then ``end``, if it is not None."""
 
-    data: Sequence[bytes] = ()
+    data: Sequence[Any] = ()  # bytes; in HTTP/2 what http2_exchange.py says
     end: End | None = None
     problem: str | None = None  # a fault of the application, for the log
 

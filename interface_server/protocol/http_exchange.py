@@ -31,7 +31,7 @@ from interface_server.client import Refusal
 from interface_server.protocol.actions import NOTHING, End, Output
 from interface_server.protocol.server_headers import ServerHeaders
 
-__all__ = ["HttpExchange", "Phase", "build_plain_response"]
+__all__ = ["HttpExchange", "Phase", "build_plain_body", "build_plain_response"]
 
 # Where a piece is large, head and chunk marks are written beside it instead of being copied together with it.
 _JOIN_BYTES_MAX: Final = 16 * 1024
@@ -276,6 +276,9 @@ class HttpExchange:
     def _has_no_body(self) -> bool:
         return self._is_head or self.status in (204, 304)  # RFC 9112 section 6.3, first item
 
+    def _sends_length(self) -> bool:
+        return self._framing is _Framing.LENGTH
+
     def _write(self, head: Any, body: bytes, *, is_last: bool) -> Output:
         problem = None
         framing = self._framing
@@ -417,6 +420,19 @@ def _build_lines(headers: Sequence[Sequence[bytes]]) -> bytes:
     return lines
 
 
+def build_plain_body(status: int, reason: str | None) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """Return the body of a response of ours, and the fields that go with it."""
+    try:
+        text = HTTPStatus(status).phrase
+    except ValueError:
+        text = str(status)
+    body = (f"{text}: {reason}\n" if reason else f"{text}\n").encode()
+    fields = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(body))]
+    if status == 503:
+        fields.append((b"retry-after", b"%d" % _RETRY_AFTER_S))
+    return body, fields
+
+
 def build_plain_response(
     status: int,
     reason: str | None,
@@ -427,17 +443,8 @@ def build_plain_response(
     with_body: bool = True,
 ) -> bytes:
     """Return a complete response of ours: the phrase of the status as text, with ``reason`` behind it."""
-    try:
-        text = HTTPStatus(status).phrase
-    except ValueError:
-        text = str(status)
-    body = (f"{text}: {reason}\n" if reason else f"{text}\n").encode()
-    parts = [
-        _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
-        b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n" % len(body),
-    ]
-    if status == 503:
-        parts.append(b"retry-after: %d\r\n" % _RETRY_AFTER_S)
+    body, fields = build_plain_body(status, reason)
+    parts = [_STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status, _build_lines(fields)]
     if not keep_alive:
         parts.append(b"connection: close\r\n")
     elif not is_modern:

@@ -28,8 +28,10 @@ __all__ = [
     "InvalidAccept",
     "build_accept",
     "build_refusal",
+    "check_accept",
     "is_websocket_upgrade",
     "read_handshake",
+    "read_offers",
 ]
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
@@ -112,13 +114,18 @@ def read_handshake(head: RequestHead) -> Handshake:
     keys = _values(head.headers, b"sec-websocket-key")
     if len(keys) != 1 or not _is_nonce(keys[0]):
         raise HandshakeFault(400, f"Sec-WebSocket-Key is {_shown(keys)}, must be 16 bytes in base64")
+    return read_offers(head, accept=base64.b64encode(hashlib.sha1(keys[0] + _GUID).digest()))
+
+
+def read_offers(head: RequestHead, *, accept: bytes) -> Handshake:
+    """Read what the client offers, which is the same in every version of HTTP. Raises HandshakeFault."""
     subprotocols: dict[str, None] = {}
     for token in _list_items(head.headers, b"sec-websocket-protocol"):
         if not _TOKEN.fullmatch(token):
             raise HandshakeFault(400, f"Sec-WebSocket-Protocol names {_shown([token])}, which is not a token")
         subprotocols[token.decode("ascii")] = None
     return Handshake(
-        accept=base64.b64encode(hashlib.sha1(keys[0] + _GUID).digest()),
+        accept=accept,
         subprotocols=list(subprotocols),
         extensions=tuple(_values(head.headers, b"sec-websocket-extensions")),
     )
@@ -142,23 +149,31 @@ def build_accept(
         b"connection: Upgrade",
         b"sec-websocket-accept: " + handshake.accept,
     ]
+    own = check_accept(handshake, subprotocol=subprotocol, headers=headers)
     if subprotocol is not None:
-        # A client must fail the connection when it did not offer what was chosen (section 4.1, last item 6).
-        if subprotocol not in handshake.subprotocols:
-            raise InvalidAccept(
-                f'websocket.accept: "subprotocol" is {subprotocol!r}, the client offered {handshake.subprotocols!r}'
-            )
         lines.append(b"sec-websocket-protocol: " + subprotocol.encode("ascii"))
     if extension is not None:
         lines.append(b"sec-websocket-extensions: " + extension)
     own_names = set()
-    for name, value in _checked(headers):
+    for name, value in own:
         lines.append(name + b": " + value)
         own_names.add(name.lower())
     # As in HTTP responses: what the application says about Date and Server replaces ours.
     lines.extend(name + b": " + value for name, value in server_headers if name.lower() not in own_names)
     lines.append(b"\r\n")
     return b"\r\n".join(lines)
+
+
+def check_accept(
+    handshake: Handshake, *, subprotocol: str | None, headers: Iterable[Sequence[bytes]]
+) -> list[tuple[bytes, bytes]]:
+    """Return the application's headers. Raises InvalidAccept for what it may not send."""
+    # A client must fail the connection when it did not offer what was chosen (section 4.1, last item 6).
+    if subprotocol is not None and subprotocol not in handshake.subprotocols:
+        raise InvalidAccept(
+            f'websocket.accept: "subprotocol" is {subprotocol!r}, the client offered {handshake.subprotocols!r}'
+        )
+    return list(_checked(headers))
 
 
 def build_refusal(

@@ -67,6 +67,13 @@ async def file_trailers(scope, receive, send):
     await send({"type": "http.response.trailers", "headers": [(b"x-behind", b"file")]})
 
 
+async def odd_headers(scope, receive, send):
+    """What HTTP/2 must not send, among what it may."""
+    names = (b"Connection", b"Keep-Alive", b"Transfer-Encoding", b"Upgrade", b"Content-Length", b"X-Odd")
+    await send(start(204, [(name, b"1") for name in names]))
+    await send(body(b"no body in a 204"))
+
+
 async def refuse(scope, receive, send):
     await receive()
     headers = [(b"www-authenticate", b"Basic"), (b"content-length", b"12")]
@@ -83,6 +90,11 @@ async def refuse_nothing(scope, receive, send):
     raise RuntimeError("this application fails on purpose")
 
 
+async def close(scope, receive, send):
+    await receive()
+    await send({"type": "websocket.close"})
+
+
 async def echo(scope, receive, send):
     await receive()
     await send({"type": "websocket.accept", "subprotocol": (scope["subprotocols"] or [None])[0]})
@@ -94,7 +106,8 @@ ROUTES = {
     "/hint-before": hint_before,
     "/hint-behind": hint_behind,
     "/trailers": trailers,
+    "/odd-headers": odd_headers,
     "/file": file,
     "/file-trailers": file_trailers,
 }
-SOCKETS = {"/refuse": refuse, "/refuse-nothing": refuse_nothing, "/echo": echo}
+SOCKETS = {"/refuse": refuse, "/refuse-nothing": refuse_nothing, "/close": close, "/echo": echo}
