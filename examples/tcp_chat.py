@@ -80,6 +80,13 @@ class Caller(Visitor):
                 await self.print("A room (small letters, digits, -) and a name, please.")
         await self.layer.group_add(self.group, self.reply_channel)
         await self.tell_all("joined")
+        try:
+            await self.talk()
+        finally:
+            # Also when a line could not be printed: send() raises once the client is gone.
+            await self.tell_all("left")
+
+    async def talk(self):
         await self.call_the_roll()
         while True:
             event = await self.receive()
@@ -93,9 +100,8 @@ class Caller(Visitor):
                 if said["id"] != self.id:
                     await self.print(SHOWN[said["kind"]].format(**said))
             elif event["type"] == "chat.roll_call":
-                await self.layer.send(event["asker"], {"type": "websocket.send", "text": self.line("here")})
+                await self.answer(event["asker"])
             elif event["type"] == "tcp.disconnect":
-                await self.tell_all("left")
                 return
 
     async def print(self, text):

@@ -8,12 +8,13 @@ worker that dies: whoever wants to know calls the roll. A ``chat.roll_call`` to 
 instance of every member, and each answers to the one who asked.
 """
 
+import contextlib
 import json
 import re
 from pathlib import Path
 from urllib.parse import parse_qs
 
-from channel_layer import get_channel_layer
+from channel_layer import ChannelFull, get_channel_layer
 
 PAGES = {
     "/": ("index.html", b"text/html; charset=utf-8"),
@@ -77,7 +78,7 @@ class Visitor:
             if event["type"] == "websocket.receive":
                 await self.window_said(event.get("text") or "")
             elif event["type"] == "chat.roll_call":
-                await self.layer.send(event["asker"], {"type": "websocket.send", "text": self.line("here")})
+                await self.answer(event["asker"])
             elif event["type"] == "websocket.disconnect":
                 await self.tell_all("left")
                 return
@@ -98,6 +99,11 @@ class Visitor:
 
     async def call_the_roll(self):
         await self.layer.group_send(self.group, {"type": "chat.roll_call", "asker": self.reply_channel})
+
+    async def answer(self, asker):
+        # A large room answers all at once, and not everybody is heard; the asker's page calls the roll again soon.
+        with contextlib.suppress(ChannelFull):
+            await self.layer.send(asker, {"type": "websocket.send", "text": self.line("here")})
 
     async def tell_all(self, kind, **more):
         await self.layer.group_send(self.group, {"type": "websocket.send", "text": self.line(kind, **more)})
