@@ -85,7 +85,7 @@ _FEED_BYTES: Final = 16 * 1024
 _WRITE_BYTES: Final = 64 * 1024
 # Frames for a client that reads nothing at all, beyond what streams hold: the connection is dropped.
 _UNREAD_BYTES_MAX: Final = 1024 * 1024
-# A stream that holds data which its client has not let move for so long is reset (CVE-2019-9517).
+# A stream that holds data which its client has not let move for so long (twice that at most) is reset: CVE-2019-9517.
 _STALL_TIMEOUT_S: Final = 120.0
 
 _NO_BODY: Final = {"type": "http.request", "body": b"", "more_body": False}
