@@ -46,6 +46,7 @@ from h2.events import (
 )
 from h2.exceptions import ProtocolError, StreamClosedError
 from h2.settings import SettingCodes, Settings
+from hyperframe.frame import Frame, GoAwayFrame
 
 from channel_layer.enums import quick
 from interface_server.http_client import HttpClient
@@ -128,6 +129,19 @@ class Http2Statistics:
     resets_total: int
 
 
+class _H2Connection(H2Connection):
+    """Takes the client's GOAWAY for what it is. h2 takes the connection for over: it drops what was to be sent, and
+    refuses every frame behind, an acknowledgement of our settings included. RFC 9113 section 6.8 lets streams finish.
+    """
+
+    def _receive_goaway_frame(self, frame: GoAwayFrame) -> tuple[list[Frame], list[Event]]:
+        event = ConnectionTerminated()
+        event.error_code = frame.error_code
+        event.last_stream_id = frame.last_stream_id
+        event.additional_data = frame.additional_data or None
+        return [], [event]
+
+
 class Http2Connection:
     """One client socket that speaks HTTP/2. Like WebSocketClient it is told everything by http1.py."""
 
@@ -149,7 +163,7 @@ class Http2Connection:
         self._budget = Budget(factory.deadlines.clock())
         self._request_count = 0
         self._reset_count = 0
-        self._h2 = h2 = H2Connection(
+        self._h2 = h2 = _H2Connection(
             H2Configuration(client_side=False, header_encoding=None, validate_outbound_headers=False)
         )
         limits = factory.limits
@@ -338,7 +352,6 @@ class Http2Connection:
     def _client_leaves(self, event: ConnectionTerminated) -> None:
         """Its GOAWAY: no further streams, but those that are there may finish."""
         if event.error_code == ErrorCodes.NO_ERROR and self.streams:
-            self._h2.state_machine.state = ConnectionState.SERVER_OPEN  # see stop()
             self.phase = Phase.DRAINING
         else:
             self._finish(None)
