@@ -50,7 +50,12 @@ OPENINGS_AT_ONCE: Final = 8
 GRANT_TIMEOUT_S: Final = 5.0
 # How long a take that failed at once is held back, so that a broker that refuses does not keep the loop busy.
 TAKE_RETRY_S: Final = 0.2
-# After the stop timeout: for applications that were cancelled to end. Then the process goes without them.
+# WebSockets that are still here when a drain ends are closed between these parts of its time: not at once, for their
+# clients connect again at once; not at its very end, for their applications clean up.
+DRAIN_CLOSES_FROM: Final = 0.75
+DRAIN_CLOSES_UNTIL: Final = 0.95
+_DRAIN_STEP_S: Final = 0.05
+# After the drain timeout: for applications that were cancelled to end. Then the process goes without them.
 CANCEL_TIMEOUT_S: Final = 2.0
 # When all is over: for threads and tasks of the application to end. Then the process goes without them.
 EXIT_TIMEOUT_S: Final = 2.0
@@ -188,26 +193,25 @@ class WorkerProcess:
         return await asyncio.shield(self._failure)
 
     async def stop(self, timeout_s: float, *, at_once: asyncio.Event | None = None) -> int:
-        """Take nothing more and end what runs; return how many instances refused to end.
+        """Drain: take nothing more and let end what runs; return how many instances refused to end.
 
-        WebSockets are closed with 1012; HTTP requests have ``timeout_s`` to finish, then they are cut. ``at_once``
-        ends the waiting early.
+        Everything has ``timeout_s``. Towards its end the WebSockets that are left are closed with 1012, one after the
+        other; at its end what still runs is cancelled. ``at_once`` ends the waiting early.
         """
         self._is_stopping = True
+        ends_at = self._loop.time() + timeout_s
         background = asyncio.gather(*(each.stop(timeout_s, at_once=at_once) for each in self._background))
         takers, self._takers = self._takers, []
         for taker in takers:
             taker.cancel()
         # An opening that a cancelled take still hands over stays in its queue (base.take_openings).
         await asyncio.gather(*takers, return_exceptions=True)
-        for instance in self.instances():
-            if instance.protocol == "http":
-                continue
+        for instance in self._lasting():
             if instance.phase is Phase.CLAIMED:
                 instance.refused("the worker stops")  # its grant will be answered with CLOSED
-            else:
-                instance.shut_down()
-        await self._wait_idle(timeout_s, at_once)
+        await self._wait_idle(timeout_s * DRAIN_CLOSES_FROM, at_once)
+        await self._close_lasting(timeout_s * (DRAIN_CLOSES_UNTIL - DRAIN_CLOSES_FROM), at_once)
+        await self._wait_idle(max(0.0, ends_at - self._loop.time()), at_once)
         for instance in self.instances():
             if instance.phase is Phase.CLAIMED:
                 instance.refused("the worker stops")
@@ -222,6 +226,24 @@ class WorkerProcess:
         for instance in running[:10]:
             logger.error("%s does not end although it was cancelled", instance.describe())
         return len(running) + sum(await background)
+
+    def _lasting(self) -> list[Instance]:
+        """What does not end by itself, as an HTTP request does: WebSockets, and connections of own protocols."""
+        return [instance for instance in self.instances() if instance.protocol != "http"]
+
+    async def _close_lasting(self, spread_s: float, at_once: asyncio.Event | None) -> None:
+        """Close what is left, evenly over ``spread_s``; ``at_once`` closes the rest."""
+        waiting = self._lasting()
+        began_at = self._loop.time()
+        count = len(waiting)
+        while waiting and not self._idle.is_set():
+            elapsed_s = self._loop.time() - began_at
+            is_over = elapsed_s >= spread_s or (at_once is not None and at_once.is_set())
+            due = count if is_over else int(count * elapsed_s / spread_s) + 1
+            while waiting and count - len(waiting) < due:
+                waiting.pop().shut_down()
+            if waiting:
+                await self._wait_idle(min(_DRAIN_STEP_S, max(0.0, spread_s - elapsed_s)), at_once)
 
     # Called by the layer
 

@@ -475,26 +475,70 @@ async def test_stop_takes_nothing_more_and_leaves_openings_to_others(bench: Benc
     assert bench.layer.frames == []
 
 
-async def test_stop_lets_http_finish_and_closes_websockets_1012(bench: Bench) -> None:
+async def test_stop_lets_http_finish_and_closes_websockets_1012_towards_its_end(bench: Bench) -> None:
     await bench.open(http_scope(), connection=1)
     await bench.open(http_scope("POST"), connection=2)  # its grant is on the way
     await bench.open(websocket_scope(), connection=3, first=CONNECT)
     await bench.open(websocket_scope(), connection=4, first=CONNECT)  # likewise
     bench.frame(FrameKind.GRANT, 3)
     await turns()
-    stopping = asyncio.create_task(bench.process.stop(5))
+    loop = asyncio.get_running_loop()
+    began_at = loop.time()
+    stopping = asyncio.create_task(bench.process.stop(2))
     await turns()
     bench.frame(FrameKind.GRANT, 2)
     bench.frame(FrameKind.GRANT, 4)
     await turns()
-    assert not stopping.done()
-    assert bench.application.events[-1]["code"] == 1012
+    assert [
+        INTERFACE,
+        int(FrameKind.CLOSED),
+        4,
+        1,
+    ] in bench.layer.frames  # so that its interface server knows at once
     bench.application.release.set()
+    await turns()
+    assert not stopping.done()
+    assert bench.application.events == [CONNECT]
     assert await stopping == 0
-    frames = bench.layer.take()
-    ends = {frame[1]: Outcome(frame[3]) for frame in frames if frame[0] == FrameKind.END}
+    assert 2 * process_module.DRAIN_CLOSES_FROM - 0.1 <= loop.time() - began_at < 2  # with the last instance
+    assert bench.application.events[-1]["code"] == 1012
+    ends = {frame[1]: Outcome(frame[3]) for frame in bench.layer.take() if frame[0] == FrameKind.END}
     assert ends == {1: Outcome.RETURNED, 2: Outcome.RETURNED, 3: Outcome.CANCELLED}
-    assert [int(FrameKind.CLOSED), 4, 1] in frames  # so that its interface server knows at once
+
+
+async def test_stop_closes_websockets_one_after_the_other(bench: Bench) -> None:
+    for connection in range(1, 21):
+        await bench.open(websocket_scope(), connection=connection, first=CONNECT)
+        bench.frame(FrameKind.GRANT, connection)
+    await turns()
+    bench.layer.take()
+    at: list[float] = []
+    link_send = bench.layer.link_send
+
+    def send(peer: str, frame: bytes) -> None:
+        link_send(peer, frame)
+        if bench.layer.frames[-1][1] == FrameKind.END:
+            at.append(asyncio.get_running_loop().time())
+
+    bench.layer.link_send = send  # type: ignore[method-assign]
+    assert await bench.process.stop(1) == 0
+    assert len(at) == 20
+    portions = [sum(1 for other in at if abs(other - time) < 0.02) for time in at]
+    assert max(portions) <= 15, at  # not in one go
+    assert at[-1] - at[0] > 0.08
+
+
+async def test_stop_at_once_closes_websockets_at_once(bench: Bench) -> None:
+    await bench.open(websocket_scope(), first=CONNECT)
+    bench.frame(FrameKind.GRANT)
+    await turns()
+    at_once = asyncio.Event()
+    stopping = asyncio.create_task(bench.process.stop(1000, at_once=at_once))
+    await turns()
+    assert bench.application.events == [CONNECT]
+    at_once.set()
+    assert await asyncio.wait_for(stopping, 5) == 0
+    assert bench.application.events[-1]["code"] == 1012
 
 
 async def test_stop_cancels_what_does_not_finish(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
