@@ -20,6 +20,7 @@ from channel_layer import scripts
 from channel_layer.broker import BlockingReader, Broker
 from channel_layer.broker_connection import WritesRefused
 from channel_layer.channels_compat import channel_full
+from channel_layer.encryption import Cipher
 from channel_layer.errors import BrokerUnavailable
 
 __all__ = ["InboxReader", "InboxStatistics", "ListWriter", "WriterStatistics"]
@@ -103,11 +104,12 @@ class _List:
 
 
 class ListWriter:
-    """Appends to lists through push.lua, one outstanding call a list."""
+    """Appends to lists through push.lua, one outstanding call a list. What it appends is encrypted by ``cipher``."""
 
-    def __init__(self, broker: Broker, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, broker: Broker, loop: asyncio.AbstractEventLoop, cipher: Cipher | None = None) -> None:
         self._broker = broker
         self._loop = loop
+        self._cipher = cipher if cipher is not None and cipher.is_encrypting else None
         self._lists: dict[str, _List] = {}
         self._batch_count = 0
         self._stored_count = 0
@@ -164,6 +166,8 @@ class ListWriter:
             # More than the list can hold waits already: the broker would refuse this one.
             self._settle_full(entry)
             return
+        if self._cipher is not None:
+            entry.message = self._cipher.seal(entry.message)
         target.entries.append(entry)
         if not target.busy:
             target.busy = True

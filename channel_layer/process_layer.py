@@ -19,7 +19,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -30,6 +30,7 @@ from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import ChannelsBackend
 from channel_layer.codec import decode_event, encode_message
 from channel_layer.crossing import call_on
+from channel_layer.encryption import Cipher, Refused, Undecryptable, build_refusal
 from channel_layer.errors import BrokerUnavailable, ChannelFull, InvalidName, MessageTooLarge, WireError
 from channel_layer.frames import Frame, FrameKind, build_group_answer
 from channel_layer.group_requests import GroupRequests
@@ -55,6 +56,7 @@ from channel_layer.names import (
     Role,
     check_channel_name,
     check_group_name,
+    is_linked,
     new_process_id,
     non_local_name,
     process_of,
@@ -90,6 +92,7 @@ _DEAD_REMEMBERED_S: Final = 75.0
 _GROUP_FRAMES: Final = frozenset(
     map(int, (FrameKind.GROUP_SEND, FrameKind.GROUP_ADD, FrameKind.GROUP_DISCARD, FrameKind.GROUP_ANSWER))
 )
+_UNDECRYPTABLE_LOG_INTERVAL_S: Final = 1.0
 # Keys deleted at once by flush(), and keys that one SCAN looks at.
 _FLUSH_PORTION: Final = 500
 
@@ -114,6 +117,7 @@ class RedisProcessLayerStatistics:
     letter_expired_count: int
     letter_unknown_count: int  # of kinds that this release does not know
     malformed_count: int
+    undecryptable_count: int  # messages, openings, letters and blobs that none of our keys decrypts
 
 
 class _Parts:
@@ -169,12 +173,14 @@ class RedisProcessLayer(ChannelsBackend):
         opening_capacity: int = OPENING_CAPACITY_DEFAULT,
         opening_expiry_s: float = OPENING_EXPIRY_DEFAULT_S,
         outage_wait_s: float = OUTAGE_WAIT_S,
+        encryption_keys: Iterable[str | bytes] = (),
         version: str = "",
     ) -> None:
         """Raises ValueError and TypeError for what no layer can be made of; the text names it.
 
         ``group_expiry`` ends memberships of normal channels only: others end with their process. ``outage_wait_s``
-        is how long send(), group_send() and group_add() wait for a broker that is away.
+        is how long send(), group_send() and group_add() wait for a broker that is away. ``encryption_keys`` are those
+        of every process of the deployment: see encryption.py.
         """
         self.extensions = ["groups", "flush"]
         self.url = url
@@ -188,6 +194,7 @@ class RedisProcessLayer(ChannelsBackend):
         self._outage_wait_s = outage_wait_s
         self._version = version
         self.keys = Keys(prefix)
+        self.cipher = Cipher(encryption_keys)
         self.process_id = new_process_id(role)
         # What the application's side knows, set by the worker: the epoch of the connection behind a reply channel,
         # for the fence of its GROUP_ADD. 0 is not fenced.
@@ -207,6 +214,8 @@ class RedisProcessLayer(ChannelsBackend):
         self._letter_expired_count = 0
         self._letter_unknown_count = 0
         self._malformed_count = 0
+        self._undecryptable_count = 0
+        self._undecryptable_logged_at = float("-inf")
 
     def __repr__(self) -> str:
         state = "started" if self._parts is not None else "not started"
@@ -240,6 +249,7 @@ class RedisProcessLayer(ChannelsBackend):
             letter_expired_count=self._letter_expired_count,
             letter_unknown_count=self._letter_unknown_count,
             malformed_count=self._malformed_count,
+            undecryptable_count=self._undecryptable_count,
         )
 
     # Start and end
@@ -252,7 +262,7 @@ class RedisProcessLayer(ChannelsBackend):
             raise TypeError(f"a process of the role {self.role} needs a listener: its links speak to it")
         await self._broker.connect()
         loop = asyncio.get_running_loop()
-        writer = ListWriter(self._broker, loop)
+        writer = ListWriter(self._broker, loop, self.cipher)
         groups = Groups(process_id=self.process_id, keys=self.keys, broker=self._broker, loop=loop)
         links: Links | None = None
         if self.role != "client" and listener is not None:
@@ -355,7 +365,7 @@ class RedisProcessLayer(ChannelsBackend):
             self._broker.open_reader(),
             link_key=self.keys.link(self.process_id),
             mail_key=self.keys.mail(self.process_id),
-            blob_received=_refuse_blob if links is None else links.receive_blob,
+            blob_received=_refuse_blob if links is None else self._blob_received,
             letter_received=self._letter_received,
             reader_restored=_nothing if links is None else links.reader_restored,
         )
@@ -399,7 +409,9 @@ class RedisProcessLayer(ChannelsBackend):
                     undo=lambda raw: self._give_back(parts, channel, raw),
                 )
             try:
-                return decode_event(raw if process is not None else split_element(raw)[1])
+                return decode_event(raw if process is not None else self.cipher.open(split_element(raw)[1]))
+            except Undecryptable as error:
+                self._undecryptable(f"a message of channel {channel}", error)
             except WireError:
                 self._malformed_count += 1
                 logger.exception("a message of channel %s was dropped", channel)
@@ -577,6 +589,11 @@ class RedisProcessLayer(ChannelsBackend):
         return links
 
     def _push_blobs(self, peer: str, blobs: list[bytes]) -> asyncio.Future[Any]:
+        if self.cipher.is_encrypting:
+            blobs = [self.cipher.seal_blob(self.process_id, blob) for blob in blobs]
+        return self._push_to_link(peer, blobs)
+
+    def _push_to_link(self, peer: str, blobs: list[bytes]) -> asyncio.Future[Any]:
         key = self.keys.link(peer)
         return self._broker.transaction(("RPUSH", key, *blobs), ("PEXPIRE", key, _LINK_EXPIRY_MS))
 
@@ -601,8 +618,18 @@ class RedisProcessLayer(ChannelsBackend):
 
     async def take_openings(self, channel: str, count: int) -> list[bytes]:
         """See base.ProcessLayer. Waits through outages of the broker."""
-        elements = await self._started().normal.take(channel, count)
-        return [split_element(element)[1] for element in elements]
+        while True:
+            elements = await self._started().normal.take(channel, count)
+            openings: list[bytes] = []
+            for element in elements:
+                try:
+                    openings.append(self.cipher.open(split_element(element)[1]))
+                except Undecryptable as error:
+                    # Not put back: this process would take it again at once. Its interface server misses it in the
+                    # list and sends it again, perhaps to one that has the key.
+                    self._undecryptable(f"an opening of {channel}", error)
+            if openings:
+                return openings
 
     async def find_openings(self, channel: str, elements: Sequence[bytes]) -> list[bool]:
         """See base.ProcessLayer."""
@@ -646,7 +673,45 @@ class RedisProcessLayer(ChannelsBackend):
         except Exception:
             logger.exception("a message for %d channels was not delivered", len(channels))
 
-    # What comes in: frames
+    def _undecryptable(self, what: str, error: Undecryptable) -> None:
+        """Count, and say so once in a while: each element of a deployment with wrong keys comes here."""
+        self._undecryptable_count += 1
+        now = time.monotonic()
+        if now - self._undecryptable_logged_at >= _UNDECRYPTABLE_LOG_INTERVAL_S:
+            self._undecryptable_logged_at = now
+            logger.error(
+                "%s is dropped: %s. All processes need the same encryption keys (%d elements so far)",
+                what,
+                error,
+                self._undecryptable_count,
+            )
+
+    # What comes in: blobs and frames
+
+    def _blob_received(self, data: bytes) -> None:
+        parts = self._parts
+        if parts is None or parts.links is None:
+            return
+        try:
+            blob = self.cipher.open_blob(data)
+        except Undecryptable as error:
+            source = error.source
+            self._undecryptable(f"a blob of {source if source is not None else 'an unknown process'}", error)
+            if source is not None and is_linked(source) and source != self.process_id:
+                # It would send this blob again for ever, and everything behind it waits for this one.
+                self._give_up(parts, source, f"what it sends cannot be decrypted: {error}")
+                refusal = self._push_to_link(source, [build_refusal(self.process_id)])
+                refusal.add_done_callback(_ignore_failure)  # the next blob that comes again is refused again
+            return
+        except Refused as error:
+            self._give_up(parts, error.source, "it cannot decrypt what this process sends")
+            return
+        parts.links.receive_blob(blob)
+
+    def _give_up(self, parts: _Parts, peer: str, reason: str) -> None:
+        if parts.links is not None and peer in parts.links.peers():
+            logger.warning("the link to %s is over: %s", peer, reason)
+            parts.links.give_up(peer, reason)
 
     def _frame_received(self, peer: str, frame: Frame) -> None:
         parts = self._parts
@@ -694,7 +759,10 @@ class RedisProcessLayer(ChannelsBackend):
             return
         try:
             deadline_ms, content = split_element(element)
-            kind, fields = mail.decode_letter(content)
+            kind, fields = mail.decode_letter(self.cipher.open(content))
+        except Undecryptable as error:
+            self._undecryptable("a letter", error)
+            return
         except WireError:
             self._malformed_count += 1
             raise
@@ -856,6 +924,11 @@ class RedisProcessLayer(ChannelsBackend):
 
 def _refuse_blob(data: bytes) -> None:
     raise WireError(f"a blob of {len(data)} bytes came, but a client has no links")
+
+
+def _ignore_failure(answer: asyncio.Future[Any]) -> None:
+    if not answer.cancelled():
+        answer.exception()  # else asyncio reports that nobody looked
 
 
 def _nothing() -> None:

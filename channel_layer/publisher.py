@@ -12,7 +12,7 @@ that was written is not written again, since the first one may have been carried
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
@@ -29,6 +29,7 @@ from channel_layer.broker_url import parse_broker_url
 from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import channel_full
 from channel_layer.codec import encode_message
+from channel_layer.encryption import Cipher, keys_from_environment
 from channel_layer.errors import BrokerError, BrokerUnavailable
 from channel_layer.messages import CAPACITY_DEFAULT, EXPIRY_DEFAULT_S, check_seconds
 from channel_layer.names import (
@@ -77,11 +78,13 @@ class Publisher:
         expiry: float = EXPIRY_DEFAULT_S,
         capacity: int = CAPACITY_DEFAULT,
         channel_capacity: Mapping[Any, int] | None = None,
+        symmetric_encryption_keys: Iterable[str | bytes] | None = None,
         socket_timeout_s: float = _SOCKET_TIMEOUT_S,
     ) -> None:
-        """``url`` and ``prefix`` come from TRUNKLINE_REDIS and TRUNKLINE_PREFIX where they are not given.
+        """``url``, ``prefix`` and the keys come from TRUNKLINE_REDIS, TRUNKLINE_PREFIX and TRUNKLINE_ENCRYPTION_KEYS
+        where they are not given.
 
-        ``expiry``, ``capacity`` and ``channel_capacity`` mean what they mean for RedisChannelLayer. Raises
+        The other options mean what they mean for RedisChannelLayer. Raises
         RuntimeError without a URL, and ValueError and TypeError, which name the option.
         """
         if url is None:
@@ -96,6 +99,9 @@ class Publisher:
         self._expiry_ms = max(1, round(self.expiry * 1000))
         self._capacities = Capacities(capacity, channel_capacity)
         self._keys = Keys(prefix)
+        self._cipher = Cipher(
+            keys_from_environment() if symmetric_encryption_keys is None else symmetric_encryption_keys
+        )
         self._address = parse_broker_url(url, socket_timeout_s=check_seconds("socket_timeout_s", socket_timeout_s))
         options: dict[str, Any] = dict(_parse_url(url))
         options.update(
@@ -162,7 +168,8 @@ class Publisher:
         else:
             key, content = self._keys.mail(process), mail.build_message(channel, encoded)
         capacity = self._capacities.of(channel)
-        (answer,) = self._run_scripts(scripts.PUSH, [(key, capacity, self._expiry_ms, content)])
+        sealed = self._cipher.seal(content)
+        (answer,) = self._run_scripts(scripts.PUSH, [(key, capacity, self._expiry_ms, sealed)])
         if _stored_count(answer) < 1:
             self._full_count += 1
             raise channel_full(
@@ -178,7 +185,9 @@ class Publisher:
         """
         check_group_name(group)
         encoded = encode_message(message)
-        letter = mail.build_group_send(group, encoded)
+        # Both are encrypted once, however many processes get them.
+        letter = self._cipher.seal(mail.build_group_send(group, encoded))
+        encoded = self._cipher.seal(encoded)
         (members,) = self._run_scripts(scripts.GROUP_MEMBERS, [(self._keys.group(group),)])
         if isinstance(members, redis.ResponseError):
             raise BrokerError(str(members)) from members

@@ -8,7 +8,7 @@ To add a knob: a field here with its sentence, its flag in trunkline/, its reade
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = ["InterfaceSettings"]
 
@@ -24,6 +24,8 @@ class InterfaceSettings:
     # Broker.
     redis_url: str
     prefix: str = "trunkline"  # separates deployments that share a broker
+    # Keys, or "@" and a file of them (encryption.read_keys); the first encrypts, each decrypts. Without: plain text.
+    encryption_keys: tuple[str, ...] = field(default=(), repr=False)
     # How long a new connection waits for a broker that is away; then 503 (close 1013).
     broker_wait_s: float = 5.0
 

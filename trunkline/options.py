@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from channel_layer.encryption import read_keys
+
 __all__ = ["OPTIONS", "Option", "UsageError", "build_parser", "parse", "render_flags", "render_secrets"]
 
 Command = str
@@ -109,6 +111,11 @@ def _header(text: str) -> tuple[bytes, bytes]:
     return name.strip().lower().encode("latin-1"), value.strip().encode("latin-1")
 
 
+def _encryption_key(text: str) -> str:
+    read_keys([text])  # a file that cannot be read is told now; each process reads it again when it starts
+    return text
+
+
 def _existing_file(text: str) -> str:
     if not Path(text).is_file():
         raise ValueError("no such file")
@@ -132,6 +139,16 @@ OPTIONS: Final[tuple[Option, ...]] = (
         help="the broker: redis://, rediss:// or unix:// URL (serve: an embedded one if absent)",
     ),
     Option(flag="prefix", commands=ALL, help="keys begin with this, so that deployments can share a broker"),
+    Option(
+        flag="encryption-keys",
+        commands=ALL,
+        convert=_encryption_key,
+        metavar="KEY",
+        repeat=True,
+        secret=True,
+        help="encrypt what goes through the broker: a key, or @FILE of one key a line; may be repeated: the first "
+        "encrypts, each decrypts. Better as a variable: other users can read command lines",
+    ),
     # Sockets
     Option(flag="host", commands=SOCKETS, help="address to listen on (127.0.0.1)"),
     Option(flag="port", commands=SOCKETS, convert=_integer(0, 65535), help="port to listen on (8000); 0 takes any"),
@@ -588,7 +605,7 @@ def render_flags(options: argparse.Namespace, command: Command, skip: Iterable[s
 def render_secrets(options: argparse.Namespace, command: Command) -> dict[str, str]:
     """Return the environment variables with which such a process gets what is no other user's business."""
     return {
-        option.environment_variable: value
+        option.environment_variable: "\n".join(value) if option.repeat else value
         for option in OPTIONS
         if option.secret and command in option.commands and (value := getattr(options, option.name, None)) is not None
     }

@@ -29,6 +29,7 @@ from typing import Any, Final, NoReturn
 import channel_layer
 from channel_layer.base import ProcessLayer
 from channel_layer.connection import FlowControlError
+from channel_layer.encryption import read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName, WireError
 from channel_layer.frames import Frame, FrameKind, build_claim, build_closed
 from channel_layer.openings import Opening, decode_opening
@@ -601,8 +602,13 @@ async def _serve_connections(
 
 def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:
     try:
-        return RedisProcessLayer(url=settings.redis_url, prefix=settings.prefix, role="worker")
-    except (ValueError, InvalidName) as error:  # a bad URL, a bad prefix
+        return RedisProcessLayer(
+            url=settings.redis_url,
+            prefix=settings.prefix,
+            role="worker",
+            encryption_keys=read_keys(settings.encryption_keys),
+        )
+    except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with
         raise _WrongInput(str(error)) from error
 
 

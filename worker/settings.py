@@ -8,7 +8,7 @@ To add a knob: a field here with its sentence, its flag in trunkline/, its reade
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from channel_layer.errors import InvalidName
@@ -42,6 +42,8 @@ class WorkerSettings:
     # Broker.
     redis_url: str
     prefix: str = "trunkline"  # separates deployments that share a broker
+    # Keys, or "@" and a file of them (encryption.read_keys); the first encrypts, each decrypts. Without: plain text.
+    encryption_keys: tuple[str, ...] = field(default=(), repr=False)
 
     # The application.
     application: str  # "module:attribute"
