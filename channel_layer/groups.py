@@ -113,6 +113,10 @@ class Groups:
             members = self._members[group] = tuple(channels)
         return members
 
+    def channels(self) -> list[str]:
+        """Return the channels of this process that are in any group."""
+        return list(self._groups_of)
+
     def add(self, group: str, channel: str, when_registered: WhenRegistered) -> bool:
         """Make ``channel`` a member at once; return True if it was none.
 

@@ -106,6 +106,10 @@ class LocalChannels:
             dropped_count=self._dropped_count,
         )
 
+    def names(self) -> list[str]:
+        """Return the channels that somebody waits at, or where something waits."""
+        return list(self._channels)
+
     def store(self, channel: str, encoded: bytes) -> None:
         """Append a message that this process sends to itself. Raises ChannelFull."""
         waiting = _Waiting(encoded, self._loop.time() + self._expiry_s, counted=True)

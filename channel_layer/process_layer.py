@@ -19,7 +19,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -173,14 +173,15 @@ class RedisProcessLayer(ChannelsBackend):
         opening_capacity: int = OPENING_CAPACITY_DEFAULT,
         opening_expiry_s: float = OPENING_EXPIRY_DEFAULT_S,
         outage_wait_s: float = OUTAGE_WAIT_S,
-        encryption_keys: Iterable[str | bytes] = (),
+        cipher: Cipher | None = None,
+        notices: tuple[str | None, str | None] = (None, None),
         version: str = "",
     ) -> None:
         """Raises ValueError and TypeError for what no layer can be made of; the text names it.
 
         ``group_expiry`` ends memberships of normal channels only: others end with their process. ``outage_wait_s``
-        is how long send(), group_send() and group_add() wait for a broker that is away. ``encryption_keys`` are those
-        of every process of the deployment: see encryption.py.
+        is how long send(), group_send() and group_add() wait for a broker that is away. ``cipher`` has the
+        keys of every process of the deployment; without, nothing is encrypted. ``notices``: see announce_outages().
         """
         self.extensions = ["groups", "flush"]
         self.url = url
@@ -194,7 +195,8 @@ class RedisProcessLayer(ChannelsBackend):
         self._outage_wait_s = outage_wait_s
         self._version = version
         self.keys = Keys(prefix)
-        self.cipher = Cipher(encryption_keys)
+        self.cipher = cipher if cipher is not None else Cipher()
+        self._notices = {notices} - {(None, None)}  # a few: one for each layer of an application that asks for others
         self.process_id = new_process_id(role)
         # What the application's side knows, set by the worker: the epoch of the connection behind a reply channel,
         # for the fence of its GROUP_ADD. 0 is not fenced.
@@ -466,6 +468,15 @@ class RedisProcessLayer(ChannelsBackend):
             await self._flush(parts)
         else:
             await call_on(parts.loop, lambda: self._flush(parts))
+
+    def announce_outages(self, notices: tuple[str | None, str | None]) -> None:
+        """From now on, tell the channels that this process reads when the broker goes, and when it is back.
+
+        They get a message of the first type, or of the second; None: nothing. Told are channels that somebody waits
+        at, and members of groups. "Back" is also a broker that lost its data without having been away.
+        """
+        if notices != (None, None):
+            self._notices = {*self._notices, notices}
 
     async def close(self) -> None:
         """Do nothing: the process layer lives as long as its process. Channels' test helpers call it."""
@@ -823,6 +834,7 @@ class RedisProcessLayer(ChannelsBackend):
                 parts.links.broker_lost()
             if parts.listener is not None:
                 parts.listener.broker_changed(False)
+            self._announce(parts, [lost for lost, _ in self._notices])
             return
         parts.liveness.broker_restored(parts.loop.time())
         if parts.links is not None:
@@ -834,6 +846,13 @@ class RedisProcessLayer(ChannelsBackend):
             parts.sender.data_lost()
         if parts.listener is not None and not was_reachable:
             parts.listener.broker_changed(True)
+        self._announce(parts, [restored for _, restored in self._notices])
+
+    def _announce(self, parts: _Parts, types: list[str | None]) -> None:
+        for kind in types:
+            if kind is not None and parts.delivery is None:
+                channels = dict.fromkeys([*parts.local.names(), *parts.groups.channels()])
+                parts.local.deliver(channels.keys(), encode_message({"type": kind}))
 
     # Who lives
 

@@ -11,18 +11,20 @@ go to. Does not live here: the layer itself (process_layer.py), its thread (home
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
-from urllib.parse import quote, urlencode
 
 import channel_layer
 from channel_layer.base import Message
 from channel_layer.broker_url import parse_broker_url, redact_url
 from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import ChannelsBackend
+from channel_layer.encryption import Cipher, keys_from_environment
 from channel_layer.errors import ChannelFull, MessageTooLarge
 from channel_layer.home import Home, home_for
+from channel_layer.hosts import build_urls, is_same_broker
 from channel_layer.messages import (
     CAPACITY_DEFAULT,
     EXPIRY_DEFAULT_S,
@@ -35,13 +37,13 @@ from channel_layer.process_layer import RedisProcessLayer, RedisProcessLayerStat
 
 __all__ = ["RedisChannelLayer", "RedisProcessLayer"]
 
-_PORT: Final = 6379
-# Options of a host in the form of a dict that become part of the URL itself; the others become its query.
-_HOST_FIELDS: Final = frozenset({"address", "host", "port", "db", "username", "password", "ssl"})
+logger = logging.getLogger("trunkline.channel_layer")
+
+# What travels is always ours (codec.py). These two name what an application may put into a message: less than that.
+_SERIALIZERS: Final = ("msgpack", "json")
 _UNSUPPORTED: Final = {
-    "on_disconnect": "consumers keep their channels through an outage of the broker",
-    "on_reconnect": "consumers keep their channels through an outage of the broker",
-    "connection_kwargs": "put the options into the URL",
+    "connection_kwargs": "put the options into the URL, or into a dict in hosts",
+    "channel_layer": "it is channels_redis' own",
 }
 
 
@@ -65,37 +67,52 @@ class RedisChannelLayer(ChannelsBackend):
         symmetric_encryption_keys: Sequence[Any] | None = None,
         random_prefix_length: int | None = None,
         serializer_format: str = "msgpack",
+        on_disconnect: str | None = None,
+        on_reconnect: str | None = None,
         **unsupported: Any,
     ) -> None:
-        """``hosts`` is a list of one broker: a URL, a pair of host and port, or a dict with ``address`` or ``host``.
+        """The options of channels_redis' two layers; hosts.py says what ``hosts`` may hold.
 
-        ``prefix`` is TRUNKLINE_PREFIX or "trunkline" by default. ``group_expiry`` concerns memberships of normal
-        channels, others end with their process; ``random_prefix_length`` is accepted and changes nothing. Raises
-        ValueError and TypeError, which name the option and what to use instead.
+        ``prefix`` is TRUNKLINE_PREFIX or "trunkline" by default, ``symmetric_encryption_keys`` those in
+        TRUNKLINE_ENCRYPTION_KEYS. ``group_expiry`` concerns memberships of normal channels, others end with their
+        process. ``on_disconnect`` and ``on_reconnect`` are types of messages that the channels of this process get
+        when the broker goes and comes back. ``random_prefix_length`` and which of "msgpack" and "json"
+        ``serializer_format`` names change nothing. Raises ValueError and TypeError, which name the option and what to
+        use instead.
         """
         for name in unsupported:
             hint = _UNSUPPORTED.get(name)
             raise TypeError(f"RedisChannelLayer has no option {name!r}" + (f": {hint}" if hint is not None else ""))
-        if symmetric_encryption_keys:
+        if serializer_format not in _SERIALIZERS:
             raise ValueError(
-                "symmetric_encryption_keys is not supported: encrypt the way to the broker, with a rediss:// URL"
+                f"serializer_format is {serializer_format!r}, expected one of {', '.join(_SERIALIZERS)}: Trunkline's "
+                "processes share one format, in which bytes and text survive"
             )
-        if serializer_format != "msgpack":
-            raise ValueError(f"serializer_format is {serializer_format!r}, only 'msgpack' is supported")
+        if random_prefix_length is not None and (
+            not isinstance(random_prefix_length, int) or isinstance(random_prefix_length, bool)
+        ):
+            raise TypeError(f"random_prefix_length is {random_prefix_length!r}, expected an int")
         self.extensions = ["groups", "flush"]
         self.expiry = check_seconds("expiry", expiry)
         self.group_expiry = check_seconds("group_expiry", group_expiry)
         self._capacities = Capacities(capacity, channel_capacity)
         self._channel_capacity = dict(channel_capacity) if channel_capacity is not None else {}
-        self._url = None if hosts is None else build_url(hosts)
+        # None: not given, so the process's own. Channels' users also write [] for the default.
+        self._urls = None if hosts is None or hosts in ([], ()) else build_urls(hosts)
+        for url in self._urls or ():
+            parse_broker_url(url)  # a wrong one is told now, not at the first call
+        self._cipher = None if symmetric_encryption_keys is None else Cipher(symmetric_encryption_keys)
+        self._notices = (_message_type("on_disconnect", on_disconnect), _message_type("on_reconnect", on_reconnect))
         self._prefix = prefix
         if prefix is not None:
             Keys(prefix)  # checks it
         # The home of this process, to spare the look-up; another process (a fork) has another.
         self._home: tuple[int, Home] | None = None
+        # The worker's layer that was looked at last, and whether it is ours.
+        self._judged: tuple[RedisProcessLayer, bool] | None = None
 
     def __repr__(self) -> str:
-        broker = "the process's own broker" if self._url is None else redact_url(self._url)
+        broker = "the process's own broker" if self._urls is None else ", ".join(map(redact_url, self._urls))
         return f"<RedisChannelLayer {broker} {self._home[1] if self._home is not None else 'not connected'}>"
 
     async def statistics(self) -> RedisProcessLayerStatistics:
@@ -139,14 +156,19 @@ class RedisChannelLayer(ChannelsBackend):
     async def _layer(self) -> RedisProcessLayer:
         """Return the layer of this process that calls go to, connected."""
         installed = channel_layer.installed_process_layer()
-        if isinstance(installed, RedisProcessLayer) and self._is_same(installed):
-            return installed
+        if isinstance(installed, RedisProcessLayer):
+            if self._judged is None or self._judged[0] is not installed:
+                self._judged = (installed, self._is_same(installed))
+            if self._judged[1]:
+                return installed
         pid = os.getpid()
         if self._home is None or self._home[0] != pid or self._home[1].is_closed:
-            url, prefix = self._broker(), self._own_prefix()
+            url, prefix, cipher = self._broker(), self._own_prefix(), self._own_cipher()
             options = (
                 url,
                 prefix,
+                cipher,
+                self._notices,
                 self.expiry,
                 self.group_expiry,
                 self._capacities.default,
@@ -162,20 +184,39 @@ class RedisChannelLayer(ChannelsBackend):
                     group_expiry=self.group_expiry,
                     capacity=self._capacities.default,
                     channel_capacity=self._channel_capacity,
+                    cipher=cipher,
+                    notices=self._notices,
                 ),
             )
             self._home = (pid, home)
         return await self._home[1].layer()
 
     def _is_same(self, installed: RedisProcessLayer) -> bool:
-        """True if the worker's layer is what we were asked for. Its capacities and expiry then hold."""
+        """True if the worker's layer is what we were asked for. Its capacities, expiry and keys then hold.
+
+        Raises ValueError if we were asked to encrypt and the worker does not: then not even its interface servers
+        could read what we send.
+        """
         if self._prefix is not None and self._prefix != installed.prefix:
             return False
-        return self._url is None or self._url == installed.url
+        if self._urls is not None and not is_same_broker(self._urls, (installed.url,)):
+            return False
+        if self._cipher is not None and self._cipher != installed.cipher:
+            if self._cipher.is_encrypting and not installed.cipher.is_encrypting:
+                raise ValueError(
+                    "symmetric_encryption_keys are given, but this worker has none: give them to all processes, as "
+                    "TRUNKLINE_ENCRYPTION_KEYS or with --encryption-keys"
+                )
+            logger.warning("symmetric_encryption_keys are not those of this worker, which hold")
+        installed.announce_outages(self._notices)
+        return True
+
+    def _own_cipher(self) -> Cipher:
+        return self._cipher if self._cipher is not None else Cipher(keys_from_environment())
 
     def _broker(self) -> str:
-        if self._url is not None:
-            return self._url
+        if self._urls is not None:
+            return self._urls[0]
         url = os.environ.get("TRUNKLINE_REDIS")
         if not url:
             raise RuntimeError(
@@ -188,57 +229,7 @@ class RedisChannelLayer(ChannelsBackend):
         return self._prefix if self._prefix is not None else os.environ.get("TRUNKLINE_PREFIX") or "trunkline"
 
 
-def build_url(hosts: object) -> str:
-    """Return the broker URL that ``hosts``, in the forms that channels_redis takes, means.
-
-    Raises ValueError and TypeError, which say what is supported.
-    """
-    if isinstance(hosts, str | bytes | Mapping) or not isinstance(hosts, Sequence):
-        raise TypeError(f"hosts is a {type(hosts).__name__}, expected a list: hosts=['redis://localhost:6379']")
-    if len(hosts) != 1:
-        raise ValueError(
-            f"hosts has {len(hosts)} entries: sharding over several brokers is not supported yet, give one"
-        )
-    host = hosts[0]
-    if isinstance(host, str):
-        url = host
-    elif isinstance(host, Mapping):
-        url = _url_of_dict(host)
-    elif isinstance(host, tuple | list) and len(host) == 2:
-        url = _url_of_pair(*host)
-    else:
-        raise TypeError(f"hosts[0] is {host!r}, expected a URL, a pair of host and port, or a dict with 'address'")
-    parse_broker_url(url)  # a wrong one is told now, not at the first call
-    return url
-
-
-def _url_of_pair(host: object, port: object, *, scheme: str = "redis", user: str = "") -> str:
-    if not isinstance(host, str) or not isinstance(port, int):
-        raise TypeError(f"hosts[0] has host {host!r} and port {port!r}, expected a str and an int")
-    return f"{scheme}://{user}{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def _url_of_dict(host: Mapping[str, Any]) -> str:
-    if "sentinels" in host or "master_name" in host:
-        raise ValueError("hosts[0] names Sentinels: they are not supported yet, give the address of the broker")
-    address = host.get("address")
-    options = {name: value for name, value in host.items() if name not in _HOST_FIELDS and value is not None}
-    if host.get("ssl_cert_reqs", "") is None:
-        options["ssl_cert_reqs"] = "none"  # what redis-py means by None
-    if isinstance(address, str):
-        if clash := sorted((_HOST_FIELDS - {"address"}) & host.keys()):
-            raise ValueError(f"hosts[0] has 'address' and {clash[0]!r}: put the latter into the URL")
-        url = address
-    else:
-        user = ""
-        if host.get("username") is not None or host.get("password") is not None:
-            user = f"{quote(host.get('username') or '', safe='')}:{quote(host.get('password') or '', safe='')}@"
-        pair = address if address is not None else (host.get("host", "localhost"), host.get("port", _PORT))
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(f"hosts[0]['address'] is {address!r}, expected a URL or a pair of host and port")
-        url = _url_of_pair(*pair, scheme="rediss" if host.get("ssl") else "redis", user=user)
-        if host.get("db"):
-            url += f"/{host['db']}"
-    if options:
-        url += ("&" if "?" in url else "?") + urlencode(options)
-    return url
+def _message_type(option: str, value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise TypeError(f"{option} is {value!r}, expected the type of a message, for example 'broker.lost'")

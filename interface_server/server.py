@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from channel_layer.encryption import read_keys
+from channel_layer.encryption import Cipher, read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName
 from channel_layer.process_layer import RedisProcessLayer
 from interface_server import event_loop
@@ -103,7 +103,7 @@ def _build_layer(settings: InterfaceSettings) -> RedisProcessLayer:
             opening_capacity=settings.opening_capacity,
             # A little longer than we wait, so that we remove an opening before the broker's clock does.
             opening_expiry_s=settings.queue_timeout_s + _OPENING_EXPIRY_MARGIN_S,
-            encryption_keys=read_keys(settings.encryption_keys),
+            cipher=Cipher(read_keys(settings.encryption_keys)),
         )
     except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with
         raise _WrongInput(str(error)) from error

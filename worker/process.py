@@ -29,7 +29,7 @@ from typing import Any, Final, NoReturn
 import channel_layer
 from channel_layer.base import ProcessLayer
 from channel_layer.connection import FlowControlError
-from channel_layer.encryption import read_keys
+from channel_layer.encryption import Cipher, read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName, WireError
 from channel_layer.frames import Frame, FrameKind, build_claim, build_closed
 from channel_layer.openings import Opening, decode_opening
@@ -606,7 +606,7 @@ def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:
             url=settings.redis_url,
             prefix=settings.prefix,
             role="worker",
-            encryption_keys=read_keys(settings.encryption_keys),
+            cipher=Cipher(read_keys(settings.encryption_keys)),
         )
     except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with
         raise _WrongInput(str(error)) from error

@@ -179,8 +179,8 @@ def everything_in(server: BrokerServer) -> bytes:
 
 
 async def test_nothing_readable_waits_in_the_broker(broker_server: BrokerServer) -> None:
-    async with started(broker_server.url, "interface", encryption_keys=["key"]) as (sender, _):
-        reader = RedisProcessLayer(broker_server.url, encryption_keys=["key"])
+    async with started(broker_server.url, "interface", cipher=Cipher(["key"])) as (sender, _):
+        reader = RedisProcessLayer(broker_server.url, cipher=Cipher(["key"]))
         await reader.start()
         try:
             await sender.send("work", HELLO)
@@ -206,7 +206,7 @@ async def test_nothing_readable_waits_in_the_broker(broker_server: BrokerServer)
 
 
 async def test_an_encrypted_opening_is_found_and_removed(broker_server: BrokerServer) -> None:
-    async with started(broker_server.url, "interface", encryption_keys=["key"]) as (layer, _):
+    async with started(broker_server.url, "interface", cipher=Cipher(["key"])) as (layer, _):
         element = await layer.push_opening("http.request", encode_opening(OPENING))
         assert await layer.find_openings("http.request", [element]) == [True]
         assert await layer.remove_opening("http.request", element)
@@ -215,8 +215,8 @@ async def test_an_encrypted_opening_is_found_and_removed(broker_server: BrokerSe
 
 async def test_letters_and_local_channels_pass_between_processes(broker_server: BrokerServer) -> None:
     async with (
-        started(broker_server.url, "worker", encryption_keys=["key"]) as (worker, _),
-        started(broker_server.url, "interface", encryption_keys=["key"], delivery=True) as (interface, listener),
+        started(broker_server.url, "worker", cipher=Cipher(["key"])) as (worker, _),
+        started(broker_server.url, "interface", cipher=Cipher(["key"]), delivery=True) as (interface, listener),
     ):
         reply = f"interface.{interface.process_id}!1"
         await worker.group_add("team", reply)
@@ -241,8 +241,8 @@ async def test_keys_are_rotated_in_three_rounds_without_losing_a_frame(broker_se
     ]
     for behind, ahead in rounds:
         async with (
-            started(broker_server.url, "worker", encryption_keys=behind) as (one, heard_by_one),
-            started(broker_server.url, "interface", encryption_keys=ahead) as (other, heard_by_other),
+            started(broker_server.url, "worker", cipher=Cipher(behind)) as (one, heard_by_one),
+            started(broker_server.url, "interface", cipher=Cipher(ahead)) as (other, heard_by_other),
         ):
             one.link_send(other.process_id, build_event(1, 1, b"there"))
             await heard_by_other.until(lambda heard=heard_by_other: len(heard.frames) == 1)  # type: ignore[misc]
@@ -253,7 +253,7 @@ async def test_keys_are_rotated_in_three_rounds_without_losing_a_frame(broker_se
 
 
 async def test_blobs_on_their_way_are_encrypted(broker_server: BrokerServer) -> None:
-    async with started(broker_server.url, "interface", encryption_keys=["key"]) as (layer, _):
+    async with started(broker_server.url, "interface", cipher=Cipher(["key"])) as (layer, _):
         layer.link_send("wnobody", build_event(1, 1, SECRET.encode()))
         with broker_server.client() as client:
             key = layer.keys.link("wnobody")
@@ -266,7 +266,7 @@ async def test_blobs_on_their_way_are_encrypted(broker_server: BrokerServer) -> 
 async def test_a_message_of_another_key_is_dropped_counted_and_told(
     broker_server: BrokerServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with started(broker_server.url, encryption_keys=["one"]) as (layer, _):
+    async with started(broker_server.url, cipher=Cipher(["one"])) as (layer, _):
         channel = await layer.new_channel()
         waiting = asyncio.create_task(layer.receive(channel))
         for keys in (["two"], []):
@@ -291,9 +291,9 @@ async def test_openings_that_a_worker_cannot_read_leave_room_for_those_that_it_c
     broker_server: BrokerServer,
 ) -> None:
     async with (
-        started(broker_server.url, "worker", encryption_keys=["one"]) as (worker, _),
-        started(broker_server.url, "interface", encryption_keys=["two"]) as (stranger, _),
-        started(broker_server.url, "interface", encryption_keys=["one"]) as (interface, _),
+        started(broker_server.url, "worker", cipher=Cipher(["one"])) as (worker, _),
+        started(broker_server.url, "interface", cipher=Cipher(["two"])) as (stranger, _),
+        started(broker_server.url, "interface", cipher=Cipher(["one"])) as (interface, _),
     ):
         taking = asyncio.create_task(worker.take_openings("http.request", 8))
         await stranger.push_opening("http.request", encode_opening(OPENING))
@@ -314,8 +314,8 @@ async def test_a_link_ends_on_both_sides_when_one_cannot_read_the_other(
 ) -> None:
     """As when the last round of a rotation comes too early: the connections end, instead of waiting for ever."""
     async with (
-        started(broker_server.url, "worker", encryption_keys=keys_of_worker) as (worker, heard_by_worker),
-        started(broker_server.url, "interface", encryption_keys=["old"]) as (interface, heard_by_interface),
+        started(broker_server.url, "worker", cipher=Cipher(keys_of_worker)) as (worker, heard_by_worker),
+        started(broker_server.url, "interface", cipher=Cipher(["old"])) as (interface, heard_by_interface),
     ):
         # What the interface server has to say about a connection, and what the worker then answers.
         interface.link_send(worker.process_id, build_grant(1, 1))
@@ -334,8 +334,8 @@ async def test_a_link_ends_on_both_sides_when_one_cannot_read_the_other(
 
 async def test_garbage_in_the_inbox_ends_nothing(broker_server: BrokerServer) -> None:
     async with (
-        started(broker_server.url, "worker", encryption_keys=["key"]) as (worker, heard_by_worker),
-        started(broker_server.url, "interface", encryption_keys=["key"]) as (interface, heard_by_interface),
+        started(broker_server.url, "worker", cipher=Cipher(["key"])) as (worker, heard_by_worker),
+        started(broker_server.url, "interface", cipher=Cipher(["key"])) as (interface, heard_by_interface),
     ):
         interface.link_send(worker.process_id, build_grant(1, 1))
         await heard_by_worker.until(lambda: len(heard_by_worker.frames) == 1)
@@ -352,8 +352,8 @@ async def test_asking_a_process_that_cannot_read_the_question_is_a_timeout(
 ) -> None:
     monkeypatch.setattr("channel_layer.group_requests.ANSWER_WAIT_S", 0.3)
     async with (
-        started(broker_server.url, "worker", encryption_keys=["one"]) as (owner, _),
-        started(broker_server.url, "worker", encryption_keys=["two"]) as (asker, _),
+        started(broker_server.url, "worker", cipher=Cipher(["one"])) as (owner, _),
+        started(broker_server.url, "worker", cipher=Cipher(["two"])) as (asker, _),
     ):
         channel = await owner.new_channel()
         with broker_server.client() as client:  # else it looks like the channel of a dead process
@@ -366,7 +366,7 @@ async def test_the_publisher_takes_its_keys_from_the_environment(
     broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRUNKLINE_ENCRYPTION_KEYS", "key\nolder")
-    layer = RedisProcessLayer(broker_server.url, encryption_keys=["older", "key"])
+    layer = RedisProcessLayer(broker_server.url, cipher=Cipher(["older", "key"]))
     await layer.start()
     try:
         with Publisher(broker_server.url) as publisher:

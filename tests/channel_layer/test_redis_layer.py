@@ -20,12 +20,13 @@ from asgiref.sync import async_to_sync
 
 import channel_layer
 from channel_layer.base import ChannelLayer
+from channel_layer.encryption import Cipher
 from channel_layer.errors import BrokerUnavailable
 from channel_layer.home import close_homes
 from channel_layer.process_layer import RedisProcessLayer
-from channel_layer.redis_layer import RedisChannelLayer, build_url
+from channel_layer.redis_layer import RedisChannelLayer
 from tests.channel_layer.contract import ChannelLayerContract, HeldMessages, MakePeer
-from tests.channel_layer.processes import started, until
+from tests.channel_layer.processes import PATIENCE_S, started, until
 from tests.servers import BrokerServer
 
 HELLO = {"type": "hello"}
@@ -75,46 +76,19 @@ class TestContract(ChannelLayerContract):
 
 
 @pytest.mark.parametrize(
-    ("hosts", "url"),
-    [
-        (["redis://h:1/2"], "redis://h:1/2"),
-        (["rediss://u:p@h"], "rediss://u:p@h"),
-        (["unix:///tmp/x.sock?db=3"], "unix:///tmp/x.sock?db=3"),
-        ([("localhost", 6380)], "redis://localhost:6380"),
-        ([["::1", 6379]], "redis://[::1]:6379"),
-        ((("h", 1),), "redis://h:1"),
-        ([{"address": "redis://h:1"}], "redis://h:1"),
-        ([{"address": ("h", 1), "password": "p@ss:/"}], "redis://:p%40ss%3A%2F@h:1"),
-        ([{"host": "h"}], "redis://h:6379"),
-        ([{"host": "h", "port": 7, "db": 3, "username": "u", "password": "p"}], "redis://u:p@h:7/3"),
-        ([{"host": "h", "ssl": True, "ssl_cert_reqs": None}], "rediss://h:6379?ssl_cert_reqs=none"),
-        ([{"address": "rediss://h", "ssl_cert_reqs": "none"}], "rediss://h?ssl_cert_reqs=none"),
-        ([{"address": "redis://h?db=1", "socket_timeout": 3}], "redis://h?db=1&socket_timeout=3"),
-    ],
-    ids=str,
-)
-def test_hosts_in_every_form_that_channels_redis_takes(hosts: Any, url: str) -> None:
-    assert build_url(hosts) == url
-
-
-@pytest.mark.parametrize(
     ("options", "error", "text"),
     [
         ({"hosts": "redis://h"}, TypeError, "hosts is a str, expected a list"),
-        ({"hosts": []}, ValueError, "hosts has 0 entries"),
-        ({"hosts": ["redis://a", "redis://b"]}, ValueError, "not supported yet"),
-        ({"hosts": [{"sentinels": [("h", 1)], "master_name": "m"}]}, ValueError, "Sentinels: they are not supported"),
-        ({"hosts": [7]}, TypeError, "hosts[0] is 7"),
-        ({"hosts": [("h",)]}, TypeError, "hosts[0] is ('h',)"),
-        ({"hosts": [("h", "6379")]}, TypeError, "port '6379'"),
-        ({"hosts": [{"address": 7}]}, TypeError, "hosts[0]['address'] is 7"),
-        ({"hosts": [{"address": "redis://h", "db": 3}]}, ValueError, "'address' and 'db'"),
         ({"hosts": ["http://h"]}, ValueError, "redis://, rediss:// or unix://"),
         ({"hosts": [{"host": "h", "colour": "red"}]}, ValueError, "colour"),
         ({"prefix": "a b"}, TypeError, "prefix 'a b'"),
-        ({"symmetric_encryption_keys": ["secret"]}, ValueError, "rediss://"),
-        ({"serializer_format": "json"}, ValueError, "only 'msgpack'"),
-        ({"on_disconnect": "x"}, TypeError, "on_disconnect"),
+        ({"symmetric_encryption_keys": "secret"}, ValueError, "encryption keys are a list"),
+        ({"symmetric_encryption_keys": [7]}, TypeError, "an encryption key is a int"),
+        ({"serializer_format": "pickle"}, ValueError, "expected one of msgpack, json"),
+        ({"random_prefix_length": "12"}, TypeError, "random_prefix_length is '12'"),
+        ({"on_disconnect": 7}, TypeError, "on_disconnect is 7, expected the type of a message"),
+        ({"on_reconnect": ""}, TypeError, "on_reconnect is ''"),
+        ({"connection_kwargs": {}}, TypeError, "put the options into the URL"),
         ({"colour": "red"}, TypeError, "no option 'colour'"),
         ({"group_expiry": 0}, ValueError, "group_expiry is 0"),
     ],
@@ -135,9 +109,11 @@ def test_the_options_of_channels_redis_are_accepted() -> None:
         group_expiry=100,
         capacity=7,
         channel_capacity={"http.*": 3},
-        symmetric_encryption_keys=None,
+        symmetric_encryption_keys=["new", b"old"],
         random_prefix_length=12,
-        serializer_format="msgpack",
+        serializer_format="json",
+        on_disconnect="broker.lost",
+        on_reconnect="broker.back",
     )
     assert (layer.expiry, layer.group_expiry, layer.capacity, layer.get_capacity("http.x")) == (10, 100, 7, 3)
     assert repr(layer) == "<RedisChannelLayer redis://:***@localhost not connected>"
@@ -155,6 +131,112 @@ async def test_a_broker_that_is_not_there_is_an_error_each_time(tmp_path: Path) 
         with pytest.raises(BrokerUnavailable):
             await layer.send("x", HELLO)
     close_homes()
+
+
+# What is encrypted
+
+
+async def test_layers_with_the_same_keys_read_each_other_and_others_do_not(broker_server: BrokerServer) -> None:
+    hosts = [broker_server.url]
+    new = RedisChannelLayer(hosts=hosts, symmetric_encryption_keys=["new", "old"])
+    old = RedisChannelLayer(hosts=hosts, symmetric_encryption_keys=[b"old"])
+    try:
+        await old.send("x", HELLO)
+        assert await new.receive("x") == HELLO
+        await new.send("x", HELLO)
+        with broker_server.client() as client:
+            assert b"hello" not in client.lindex("trunkline:1:channel:{x}", 0)
+        reading = asyncio.create_task(old.receive("x"))
+        await until(lambda: old._home[1]._layer.statistics().undecryptable_count == 1)  # type: ignore[index, union-attr]
+        await old.send("x", HELLO)
+        assert await reading == HELLO
+    finally:
+        close_homes()
+
+
+async def test_keys_come_from_the_environment_unless_the_layer_has_its_own(
+    broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRUNKLINE_ENCRYPTION_KEYS", "key")
+    hosts = [broker_server.url]
+    try:
+        await RedisChannelLayer(hosts=hosts).send("x", HELLO)
+        assert await RedisChannelLayer(hosts=hosts, symmetric_encryption_keys=["key"]).receive("x") == HELLO
+        await RedisChannelLayer(hosts=hosts, symmetric_encryption_keys=[]).send("x", HELLO)
+        with broker_server.client() as client:
+            assert b"hello" in client.lindex("trunkline:1:channel:{x}", 0)
+    finally:
+        close_homes()
+
+
+async def test_a_layer_with_keys_in_a_worker_without_is_an_error_and_sends_nothing(
+    broker_server: BrokerServer,
+) -> None:
+    async with started(broker_server.url) as (worker, _):
+        channel_layer.install_process_layer(worker)
+        try:
+            layer = RedisChannelLayer(symmetric_encryption_keys=["key"])
+            for _ in range(2):
+                with pytest.raises(ValueError, match="--encryption-keys"):
+                    await layer.send("x", HELLO)
+            with broker_server.client() as client:
+                assert not client.exists("trunkline:1:channel:{x}")
+        finally:
+            channel_layer.install_process_layer(None)
+
+
+@pytest.mark.parametrize("keys", [None, ["key"], ["another"], []])
+async def test_in_a_worker_with_keys_the_workers_hold(
+    broker_server: BrokerServer, keys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started(broker_server.url, cipher=Cipher(["key"])) as (worker, _):
+        channel_layer.install_process_layer(worker)
+        try:
+            layer = RedisChannelLayer(hosts=[broker_server.url], symmetric_encryption_keys=keys)
+            await layer.send("x", HELLO)
+            assert await layer.receive("x") == HELLO
+            assert worker.statistics().normal_channels.taken_count == 1
+            assert ("which hold" in caplog.text) == (keys in (["another"], []))
+        finally:
+            channel_layer.install_process_layer(None)
+
+
+# Outages of the broker
+
+
+async def test_consumers_are_told_when_the_broker_goes_and_when_it_is_back(broker_server: BrokerServer) -> None:
+    layer = RedisChannelLayer(hosts=[broker_server.url], on_disconnect="broker.lost", on_reconnect="broker.back")
+    silent = RedisChannelLayer(hosts=[broker_server.url])
+    try:
+        waiting, busy, unread = [await layer.new_channel() for _ in range(3)]
+        other = await silent.new_channel()
+        await layer.group_add("room", busy)
+        reading = [asyncio.create_task(each.receive(name)) for each, name in ((layer, waiting), (silent, other))]
+        await until(lambda: layer._home[1]._layer.statistics().local_channels.receivers == 1)  # type: ignore[index, union-attr]
+        broker_server.restart()
+        assert await reading[0] == {"type": "broker.lost"}
+        assert await layer.receive(waiting) == {"type": "broker.back"}
+        assert [(await layer.receive(busy))["type"] for _ in range(2)] == ["broker.lost", "broker.back"]
+        await layer.send(unread, HELLO)  # nobody has read it before, and it was in no group
+        assert await layer.receive(unread) == HELLO
+        await silent.send(other, HELLO)
+        assert await reading[1] == HELLO
+    finally:
+        close_homes()
+
+
+async def test_consumers_in_a_worker_are_told_also_when_only_the_data_are_lost(broker_server: BrokerServer) -> None:
+    async with started(broker_server.url) as (worker, _):
+        channel_layer.install_process_layer(worker)
+        try:
+            layer = RedisChannelLayer(on_reconnect="broker.back")
+            reading = asyncio.create_task(layer.receive(await layer.new_channel()))
+            await until(lambda: worker.statistics().local_channels.receivers == 1)
+            with broker_server.client() as client:
+                client.flushall()
+            assert await asyncio.wait_for(reading, PATIENCE_S) == {"type": "broker.back"}
+        finally:
+            channel_layer.install_process_layer(None)
 
 
 # Which layer it is
@@ -181,6 +263,8 @@ async def test_inside_a_worker_it_is_the_workers_own_layer(broker_server: Broker
                 assert f".{worker.process_id}!" in channel
                 await asyncio.to_thread(lambda layer=layer, channel=channel: asyncio.run(layer.send(channel, HELLO)))
                 assert await layer.receive(channel) == HELLO
+            spelled_differently = RedisChannelLayer(hosts=[{"path": broker_server.url.removeprefix("unix://")}])
+            assert f".{worker.process_id}!" in await spelled_differently.new_channel()
             elsewhere = RedisChannelLayer(hosts=[broker_server.url], prefix="other")
             assert f".{worker.process_id}!" not in await elsewhere.new_channel()
         finally:
