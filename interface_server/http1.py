@@ -57,8 +57,9 @@ from interface_server.protocol.scope import build_http_scope
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.protocol.websocket_handshake import is_websocket_upgrade
 from interface_server.settings import InterfaceSettings
-from interface_server.transports import buffered_bytes, socket_descriptor
+from interface_server.transports import buffered_bytes, socket_descriptor, unsent_bytes
 from interface_server.websocket import WebSocketClient, WebSockets
+from interface_server.write_watch import WriteWatch
 
 __all__ = ["Http1Factory", "Http1Protocol", "Http1Statistics", "Phase"]
 
@@ -199,6 +200,7 @@ class Http1Protocol(Protocol):
         self._read_ended = False  # the client has ended its sending side
         self._application_is_full = False  # its window for the body is used up
         self._writing_paused = False  # the transport's buffer is full
+        self._write_watch: WriteWatch | None = None  # from connectionMade on
         self._is_first = True  # no request has been read yet
         self._waits_for_head = False  # its deadline is that of a head that has begun
         self._dropped_bytes = 0  # in DRAIN, LINGER
@@ -223,6 +225,12 @@ class Http1Protocol(Protocol):
             # We write whole responses; Nagle would hold the last packet of a stream back for the client's ACK.
             transport.setTcpNoDelay(True)
         self._descriptor = socket_descriptor(transport)
+        self._write_watch = WriteWatch(
+            transport,
+            deadlines=factory.deadlines,
+            timeout_s=factory.settings.write_timeout_s,
+            stalled=self._write_stalled,
+        )
         transport.registerProducer(self, True)
         factory.deadlines.arm(self, factory.settings.header_timeout_s)
         if factory.is_stopping:
@@ -275,7 +283,8 @@ class Http1Protocol(Protocol):
     def writeConnectionLost(self) -> None:
         """Our side is ended, as ``_linger`` wanted: everything is written. Now the client's end is awaited."""
         if self.phase is Phase.LINGER:
-            self._unwritten_bytes = 0
+            # The kernel may hold some MiB of it, which a reset would throw away.
+            self._unwritten_bytes = unsent_bytes(self.transport)
             self.factory.deadlines.arm(self, _LINGER_TIMEOUT_S)
 
     def connectionLost(self, reason: Any = None) -> None:
@@ -283,6 +292,8 @@ class Http1Protocol(Protocol):
         self.phase = Phase.CLOSED
         factory.protocols.discard(self)
         factory.deadlines.disarm(self)
+        if self._write_watch is not None:
+            self._write_watch.stop()
         if factory.end_watch is not None and self._descriptor >= 0:
             factory.end_watch.discard(self._descriptor)
         client, self._client = self._client, None
@@ -295,6 +306,8 @@ class Http1Protocol(Protocol):
     def pauseProducing(self) -> None:
         """The transport's buffer is full."""
         self._writing_paused = True
+        if self._write_watch is not None:
+            self._write_watch.start()
         if self._successor is not None:
             self._successor.pause_producing()
         elif self._client is not None:
@@ -303,6 +316,8 @@ class Http1Protocol(Protocol):
     def resumeProducing(self) -> None:
         """The transport's buffer is empty."""
         self._writing_paused = False
+        if self._write_watch is not None:
+            self._write_watch.stop()
         if self._successor is not None:
             self._successor.resume_producing()
         elif self._client is not None:
@@ -332,12 +347,19 @@ class Http1Protocol(Protocol):
         elif phase is Phase.DRAIN:
             self._close()
         elif phase is Phase.LINGER or phase is Phase.CLOSED:
-            unwritten = self.buffered_bytes()
+            unwritten = unsent_bytes(self.transport)
             if 0 < unwritten < self._unwritten_bytes:
                 self._unwritten_bytes = unwritten
                 self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
             else:
                 self.abort()
+
+    # Called by WriteWatch
+
+    def _write_stalled(self) -> None:
+        _LOGGER.info("dropped the connection of %s: it reads nothing", self._peer.client or "a unix socket")
+        self.factory.timeout_count += 1
+        self.abort()
 
     # Called by Http1Factory
 
@@ -643,21 +665,27 @@ class Http1Protocol(Protocol):
         self.phase = Phase.LINGER
         self._dropped_bytes = 0
         self._reader.take_rest()
-        self._unwritten_bytes = self.buffered_bytes() + 1
+        self._unwritten_bytes = unsent_bytes(self.transport) + 1
         self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
         # With a producer registered Twisted would not end its side before that was done.
-        self.transport.unregisterProducer()
+        self._unregister_producer()
         self.transport.loseWriteConnection()
         self._update_reading()
 
     def _close(self) -> None:
         """Close when everything is written."""
         if self.phase is not Phase.LINGER:
-            self.transport.unregisterProducer()
+            self._unregister_producer()
         self.phase = Phase.CLOSED
-        self._unwritten_bytes = self.buffered_bytes() + 1
+        self._unwritten_bytes = unsent_bytes(self.transport) + 1
         self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
         self.transport.loseConnection()
+
+    def _unregister_producer(self) -> None:
+        """From now on the deadlines of closing count."""
+        if self._write_watch is not None:
+            self._write_watch.stop()
+        self.transport.unregisterProducer()
 
     def _lose_successor(self) -> None:
         successor, self._successor = self._successor, None

@@ -9,8 +9,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Final
+
+from channel_layer.connection import EVENT_BYTES_MAX
 
 __all__ = ["InterfaceSettings"]
+
+# One message is one event of the channel layer, with some bytes around it.
+_WS_MAX_SIZE_BYTES_MAX: Final = EVENT_BYTES_MAX - 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,9 @@ class InterfaceSettings:
     keep_alive_timeout_s: float = 5.0  # an idle connection is closed after it
     header_timeout_s: float = 30.0  # a head that is not complete by then: 408 and close
     body_timeout_s: float = 60.0  # longest silence within a request body we want to read: 408 and close; 0: no limit
+    # A client that takes nothing for so long while its socket is full: the socket is dropped, or the HTTP/2 stream is
+    # reset (write_watch.py); WebSockets, too. 0: no limit.
+    write_timeout_s: float = 120.0
     request_line_bytes_max: int = 16 * 1024  # beyond: 414 and close
     head_bytes_max: int = 64 * 1024  # request line and headers together; beyond: 431 and close
     headers_max: int = 128  # count of header fields; beyond: 431 and close
@@ -113,6 +122,11 @@ class InterfaceSettings:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.ws_max_size_bytes > _WS_MAX_SIZE_BYTES_MAX:
+            raise ValueError(
+                f"ws_max_size_bytes is {self.ws_max_size_bytes}, must be at most {_WS_MAX_SIZE_BYTES_MAX}: "
+                "the channel layer carries no larger message"
+            )
         for name in ("queue_timeout_s", "header_timeout_s", "ws_handshake_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be more than 0")
@@ -120,6 +134,7 @@ class InterfaceSettings:
             "broker_wait_s",
             "keep_alive_timeout_s",
             "body_timeout_s",
+            "write_timeout_s",
             "ws_ping_interval_s",
             "ws_ping_timeout_s",
             "ws_close_timeout_s",

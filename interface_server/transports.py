@@ -5,9 +5,12 @@ A transport of our own (tls.py) is an ``OwnTransport`` and answers itself; of Tw
 
 from __future__ import annotations
 
+import fcntl
+import sys
+import termios
 from typing import Any
 
-__all__ = ["OwnTransport", "buffered_bytes", "socket_descriptor"]
+__all__ = ["OwnTransport", "buffered_bytes", "socket_descriptor", "unsent_bytes"]
 
 
 class OwnTransport:
@@ -32,9 +35,26 @@ def buffered_bytes(transport: Any) -> int:
         return 0  # not one of Twisted's: then only its pausing bounds it
 
 
+def unsent_bytes(transport: Any) -> int:
+    """Bytes that were written and the client's kernel has not acknowledged: our kernel's send buffer is in it."""
+    waiting = buffered_bytes(transport)
+    descriptor = socket_descriptor(transport)
+    if descriptor >= 0:
+        buffer = bytearray(4)
+        try:
+            fcntl.ioctl(descriptor, termios.TIOCOUTQ, buffer)
+        except OSError:
+            return waiting  # not a socket that knows: then only what we hold counts
+        waiting += int.from_bytes(buffer, sys.byteorder)
+    return waiting
+
+
 def socket_descriptor(transport: Any) -> int:
-    """File descriptor of the socket; -1 if there is none."""
+    """File descriptor of the socket; -1 if there is none (any more)."""
     if isinstance(transport, OwnTransport):
         return transport.socket_descriptor()
-    handle = transport.getHandle()
+    try:
+        handle = transport.getHandle()
+    except AttributeError:
+        return -1  # Twisted's transports forget a socket that is closed
     return -1 if handle is None else int(handle.fileno())

@@ -40,7 +40,7 @@ from interface_server.protocol.websocket_session import (
     WebSocketSession,
     Write,
 )
-from interface_server.transports import buffered_bytes
+from interface_server.transports import buffered_bytes, unsent_bytes
 
 if TYPE_CHECKING:
     from interface_server.access_log import AccessLog
@@ -137,7 +137,6 @@ class WebSocketClient:
         "_answers",
         "_application_is_full",
         "_broker_away_s",
-        "_buffered_bytes_before",
         "_close_timeouts_left",
         "_connection",
         "_discarded_bytes",
@@ -152,6 +151,7 @@ class WebSocketClient:
         "_shared",
         "_since",
         "_transport",
+        "_unsent_bytes_before",
         "_writing_paused",
         "deadline_tick",
     )
@@ -182,7 +182,7 @@ class WebSocketClient:
         self._pong_due: bytes | None = None  # the last ping that came while it was full
         self._heard_at = now  # when the client last gave a sign of life
         self._ping_sent_at: float | None = None  # a ping waits for a sign of life
-        self._buffered_bytes_before = 0  # at the last deadline; fewer now: the client reads
+        self._unsent_bytes_before = 0  # at the last deadline; fewer now: the client reads
         self._close_timeouts_left = _CLOSE_TIMEOUTS_MAX
         self._since = now  # of the request, then of the accept; for the access log
         self._log_target: dict[str, Any] = {
@@ -390,13 +390,13 @@ class WebSocketClient:
                 return
             self._ping_sent_at = None  # nobody waits for the answer; the next ping comes after the interval
             self._heard_at = now
-        self._buffered_bytes_before = self.buffered_bytes()
+        self._unsent_bytes_before = unsent_bytes(self._transport)
         self._shared.deadlines.arm(self, self._heard_at + settings.ws_ping_interval_s - now)
 
     def _client_reads(self) -> bool:
-        """True if the transport holds fewer bytes than at the last deadline."""
-        before, self._buffered_bytes_before = self._buffered_bytes_before, self.buffered_bytes()
-        return self._buffered_bytes_before < before
+        """True if transport and kernel hold fewer bytes than at the last deadline."""
+        before, self._unsent_bytes_before = self._unsent_bytes_before, unsent_bytes(self._transport)
+        return self._unsent_bytes_before < before
 
     # How
 
@@ -496,7 +496,7 @@ class WebSocketClient:
                 self._resume_transport()
 
     def _arm_close(self) -> None:
-        self._buffered_bytes_before = self.buffered_bytes()
+        self._unsent_bytes_before = unsent_bytes(self._transport)
         self._shared.deadlines.arm(self, self._shared.settings.ws_close_timeout_s)
 
     def _finish(self, *, linger: bool) -> None:

@@ -276,12 +276,20 @@ OPTIONS: Final[tuple[Option, ...]] = (
         help="longest time for a client to send the head of a request (30)",
     ),
     Option(
+        flag="timeout-write",
+        commands=SOCKETS,
+        convert=_seconds(zero_is_off=True),
+        metavar="S",
+        field="write_timeout_s",
+        help="drop a client that reads nothing of what waits for it for this many seconds (120; 0: never)",
+    ),
+    Option(
         flag="ws-max-size",
         commands=SOCKETS,
         convert=_integer(1),
         metavar="BYTES",
         field="ws_max_size_bytes",
-        help="largest WebSocket message of a client (16777216); above it: close 1009",
+        help="largest WebSocket message of a client (16777216; 256 MiB at most); above it: close 1009",
     ),
     Option(
         flag="ws-ping-interval",

@@ -23,6 +23,8 @@ _METHOD: Final = re.compile(TOKEN)
 _TARGET: Final = re.compile(rb"[\x21\x22\x24-\x7e]+")  # as in request_reader.py
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?")
 _VALUE_FORBIDDEN: Final = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+# What a field counts for beside its name and value: RFC 9113 section 6.5.2, SETTINGS_MAX_HEADER_LIST_SIZE.
+_FIELD_BYTES: Final = 32
 
 
 class Http2Request(NamedTuple):
@@ -40,9 +42,11 @@ def read_request(fields: Iterable[tuple[bytes, bytes]], limits: ReaderLimits) ->
     host: bytes | None = None
     expects_continue = False
     count = 0
+    left = limits.head_bytes_max
     for name, value in fields:
         # h2 has tuples of its own; the codec knows plain ones.
         name, value = bytes(name), bytes(value)
+        left -= len(name) + len(value) + _FIELD_BYTES
         if name.startswith(b":"):
             pseudo[name] = value
             continue
@@ -69,6 +73,8 @@ def read_request(fields: Iterable[tuple[bytes, bytes]], limits: ReaderLimits) ->
         headers.append((name, value))
     if count > limits.headers_max:
         raise BadRequest(431, "too many headers")
+    if left < 0:
+        raise BadRequest(431, "headers are too large")
     if cookies:
         headers[cookie_index] = (b"cookie", b"; ".join(cookies))
     method = pseudo.get(b":method", b"")

@@ -421,15 +421,33 @@ def test_a_flood_of_continuation(raw):
 
 def test_a_header_list_that_is_too_large(raw):
     # Small on the wire: one large field, then references to it.
-    fields = [("x-large", "a" * 4000)] * 40
+    fields = [("x-large", "a" * 4000)] * 400
     raw.send(raw.head(1, extra=fields))
     assert raw.read_goaway() == ErrorCodes.ENHANCE_YOUR_CALM
 
 
+def test_a_header_list_that_is_somewhat_too_large_is_its_stream_s_affair(client):
+    assert client.get("/", headers=[(b"x-large", b"a" * 4000)] * 40).status == 431
+    assert client.get("/").body == b"hello"
+
+
 def test_more_streams_than_are_allowed(raw):
-    for number in range(1, 240, 2):
+    for number in range(1, 2000, 2):
         raw.send(raw.head(number, ends=False))
-    assert raw.read_goaway() is not None
+    assert raw.read_goaway() == ErrorCodes.ENHANCE_YOUR_CALM
+
+
+def test_a_fault_of_one_stream_costs_no_other(client):
+    neighbour = client.begin("/numbers?n=20&pause=0.05")
+    client.read_until(lambda: client.streams[neighbour].body)
+    for headers in ([(b"te", b"gzip")], [(b"content-length", b"x")], [(b":late", b"")]):
+        stream = client.finish(client.begin("/", headers=headers))
+        assert stream.reset == ErrorCodes.PROTOCOL_ERROR, headers
+    for size in (2, 4):
+        stream_id = client.begin("/upload", method="POST", headers=[(b"content-length", b"3")], ends=False)
+        client.send(stream_id, bytes(size), ends=True)
+        assert client.finish(stream_id).reset == ErrorCodes.PROTOCOL_ERROR
+    assert client.finish(neighbour).body.endswith(b"19\n")
 
 
 def test_a_client_that_reads_no_answers_is_dropped_or_stopped(served):
