@@ -158,6 +158,23 @@ class InMemoryChannelLayer(ChannelsBackend):
                 group_dropped_count=self._group_dropped_count,
             )
 
+    # What tests look at, as in Channels' layer of this name
+
+    @property
+    def channels(self) -> dict[str, list[DecodedMessage]]:
+        """The messages that wait, by channel; also of channels that only have a reader. A copy."""
+        with self._lock:
+            return {
+                name: [decode_event(waiting.encoded) for waiting in channel.messages]
+                for name, channel in self._channels.items()
+            }
+
+    @property
+    def groups(self) -> dict[str, dict[str, float]]:
+        """The members of each group, with the time (of ``clock``) when their membership ends. A copy."""
+        with self._lock:
+            return {group: dict(members) for group, members in self._groups.items()}
+
     # Channels
 
     async def send(self, channel: str, message: Message) -> None:

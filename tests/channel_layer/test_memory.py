@@ -335,3 +335,20 @@ async def test_django_channels_uses_it_as_a_backend() -> None:
         communicator.stop()
     finally:
         channel_layers.set("default", previous)
+
+
+async def test_tests_may_look_into_channels_and_groups_as_in_channels_own_layer() -> None:
+    layer = InMemoryChannelLayer(expiry=60, group_expiry=100, clock=lambda: 7.0)
+    await layer.send("work", {"type": "x"})
+    await layer.group_add("room", "work")
+    reading = asyncio.create_task(layer.receive("awaited"))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert layer.channels == {"work": [{"type": "x"}], "awaited": []}
+    assert layer.groups == {"room": {"work": 107.0}}
+    layer.channels.clear()
+    layer.groups["room"].clear()
+    assert (len(layer.channels), len(layer.groups["room"])) == (2, 1)
+    reading.cancel()
+    await layer.flush()
+    assert layer.groups == {}
