@@ -117,8 +117,10 @@ class ProcessLayer(ChannelLayer, Protocol):
 
     # Openings: elements of the normal channels http.request and websocket.connect
 
-    def push_opening(self, channel: str, opening: bytes) -> Awaitable[bytes]:
+    def push_opening(self, channel: str, opening: bytes, *, exempt: bool = False) -> Awaitable[bytes]:
         """Store an opening; the result is the element as the broker holds it (for find and remove).
+
+        ``exempt``: also where the channel is full; for few, whose clients were let in long ago.
 
         Fails with ChannelFull, BrokerUnavailable. A future, not a coroutine: each request would cost a task.
         """

@@ -104,7 +104,10 @@ class OutgoingEvents:
         "waiting_bytes",
     )
 
-    def __init__(self, connection: int, epoch: int, window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(
+        self, connection: int, epoch: int, window_bytes: int = WINDOW_BYTES, *, carried_bytes: int = 0
+    ) -> None:
+        """``carried_bytes``: what an earlier sender had sent and the peer's reader has yet to consume."""
         _check_window(window_bytes)
         self._connection = connection
         self._epoch = epoch
@@ -121,7 +124,7 @@ class OutgoingEvents:
         # Cost of everything in the queue that has not left.
         self.waiting_bytes = 0
         # Cost of everything that left, and of what the peer gave back; totals since the beginning.
-        self._sent_bytes = 0
+        self._sent_bytes = carried_bytes
         self._credited_bytes = 0
         # (start, end) of events that left, or began to leave, in pieces and are not credited to their end. One is
         # larger than a piece, so a window holds five at most.
@@ -131,6 +134,24 @@ class OutgoingEvents:
     def is_empty(self) -> bool:
         """True when everything that was offered has left, the last event included."""
         return not self._queue and self._last is None
+
+    @property
+    def window_bytes(self) -> int:
+        return self._window_bytes
+
+    @property
+    def offered_bytes(self) -> int:
+        """Cost of everything that was offered so far."""
+        return self._sent_bytes + self.waiting_bytes
+
+    @property
+    def credited_bytes(self) -> int:
+        """Cost of what the peer has consumed, as far as it said so; of a message that it is short of, a part."""
+        return self._credited_bytes
+
+    def unsent(self) -> list[bytes]:
+        """Return the events that have not left, or only in part, without the last one."""
+        return list(self._queue)
 
     def offer(self, encoded: bytes) -> None:
         """Queue an encoded event. Call ``frames`` next."""
@@ -259,7 +280,9 @@ class IncomingEvents:
         window_bytes: int = WINDOW_BYTES,
         *,
         event_bytes_max: int = EVENT_BYTES_MAX,
+        carried_bytes: int = 0,
     ) -> None:
+        """``carried_bytes``: the cost of events of an earlier sender that the reader has yet to consume."""
         _check_window(window_bytes)
         self._connection = connection
         self._epoch = epoch
@@ -270,11 +293,16 @@ class IncomingEvents:
         self._pieces: list[bytes] = []
         self._partial_bytes = 0
         # Cost of everything that arrived, pieces included, and of the events that were consumed.
-        self._received_bytes = 0
+        self._received_bytes = carried_bytes
         self._consumed_bytes = 0
         # The total of the newest CREDIT, and whether it lies inside an event that is not consumed.
         self._granted_bytes = 0
         self._granted_early = False
+
+    @property
+    def partial_bytes(self) -> int:
+        """How much of an event has arrived whose rest has not."""
+        return self._partial_bytes
 
     @property
     def unconsumed_bytes(self) -> int:

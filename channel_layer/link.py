@@ -55,7 +55,9 @@ from channel_layer.errors import WireError
 from channel_layer.frames import Blob, BlobKind, Frame, FrameKind, build_blob, build_bye
 
 __all__ = [
+    "AWAY",
     "FORGOTTEN",
+    "GIVEN_UP_REASONS",
     "LEFT",
     "RESET",
     "RESTARTED",
@@ -71,6 +73,9 @@ LEFT: Final = "left"  # politely: the peer stops
 RESET: Final = "reset"  # the peer had given us up and refused a blob of ours
 RESTARTED: Final = "restarted"  # the peer had given us up and began a new stream
 FORGOTTEN: Final = "forgotten"  # the peer does not know any more what it acknowledged
+AWAY: Final = "this process was away longer than its lease"  # give_up() is called with it, by process_layer.py
+# Of these, those that say that the peer lives, and has taken us for dead.
+GIVEN_UP_REASONS: Final = frozenset({RESET, RESTARTED, AWAY})
 
 # What a queued frame costs in memory besides its bytes.
 _FRAME_OVERHEAD_BYTES: Final = 48

@@ -30,7 +30,8 @@ class Opening:
     the interface server and ``connection`` the number there; ``first_event`` is an encoded event, counted
     against the connection's window like any EVENT; ``tell_receiving`` asks for a RECEIVING frame at the
     application's first receive() (``Expect: 100-continue``); ``window_bytes`` is the window of the connection, each
-    way: the interface server's setting, so that the two ends cannot disagree.
+    way: the interface server's setting, so that the two ends cannot disagree. ``is_handover``: the connection had an
+    owner, and looks for another; then ``scope`` holds the type only, all else comes with ADOPT, behind the claim.
     """
 
     interface: str
@@ -41,6 +42,7 @@ class Opening:
     first_event: bytes | None
     tell_receiving: bool = False
     window_bytes: int = WINDOW_BYTES
+    is_handover: bool = False
 
 
 def encode_opening(opening: Opening) -> bytes:
@@ -56,6 +58,7 @@ def encode_opening(opening: Opening) -> bytes:
             opening.first_event,
             opening.tell_receiving,
             opening.window_bytes,
+            *((True,) if opening.is_handover else ()),  # a release that does not know it ignores it
         ],
         use_bin_type=True,
     )
@@ -71,6 +74,7 @@ def decode_opening(data: bytes) -> Opening:
     if not isinstance(fields, list) or len(fields) < 9 or fields[0] != WIRE_VERSION:
         raise WireError(f"opening is not an array of version {WIRE_VERSION}: {repr_short(fields)}")
     _, interface, connection, epoch, reply_channel, scope, first_event, tell_receiving, window_bytes = fields[:9]
+    is_handover = len(fields) > 9 and fields[9] is True
     if (
         type(interface) is not str
         or type(connection) is not int
@@ -92,4 +96,5 @@ def decode_opening(data: bytes) -> Opening:
         first_event=first_event,
         tell_receiving=tell_receiving,
         window_bytes=window_bytes,
+        is_handover=is_handover,
     )

@@ -38,6 +38,7 @@ from channel_layer.group_sender import OUTAGE_WAIT_S, GroupSender, GroupSenderSt
 from channel_layer.groups import RENEWAL_INTERVAL_S, Groups, GroupsStatistics
 from channel_layer.inbox import InboxReader, InboxStatistics, ListWriter, WriterStatistics
 from channel_layer.leases import Lease, LeaseKeeper, encode_lease
+from channel_layer.link import AWAY
 from channel_layer.links import Links, LinksStatistics
 from channel_layer.liveness import Liveness, LivenessStatistics
 from channel_layer.local_channels import LocalChannels, LocalChannelsStatistics
@@ -617,12 +618,12 @@ class RedisProcessLayer(ChannelsBackend):
 
     # Openings
 
-    def push_opening(self, channel: str, opening: bytes) -> asyncio.Future[bytes]:
+    def push_opening(self, channel: str, opening: bytes, *, exempt: bool = False) -> asyncio.Future[bytes]:
         """See base.ProcessLayer."""
         return self._started().writer.push_element(
             self.keys.normal(channel),
             opening,
-            capacity=self._opening_capacity,
+            capacity=-1 if exempt else self._opening_capacity,
             expiry_ms=self._opening_expiry_ms,
             name=channel,
         )
@@ -938,7 +939,7 @@ class RedisProcessLayer(ChannelsBackend):
         peers = parts.links.peers()
         logger.warning("this process was away longer than its lease: ending its %d links", len(peers))
         for peer in peers:
-            parts.links.give_up(peer, "this process was away longer than its lease")
+            parts.links.give_up(peer, AWAY)
 
 
 def _refuse_blob(data: bytes) -> None:

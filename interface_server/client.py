@@ -30,6 +30,9 @@ class Refusal(Enum):
     BROKER_DOWN = (503, 1013, "the broker does not answer")
     OPENING_LOST = (503, 1013, "the opening was lost three times")
     WORKER_LOST = (502, 1012, "the worker died")
+    OWNERS_LOST = (502, 1011, "two workers died")  # of this connection, perhaps
+    NO_SUCCESSOR = (502, 1012, "no other worker took the connection over")
+    NOT_ADOPTED = (502, 1012, "the application did not go on")  # ASGI knows no refusal for a client accepted long ago
     SLOW_CLIENT = (502, 1013, "the client does not read what is broadcast to it")
     TOO_MANY = (503, 1013, "the limit of connections is reached")
     STOPPING = (503, 1012, "the server is stopping")

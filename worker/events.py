@@ -10,6 +10,7 @@ ready for ``codec.encode_event``. A message that is refused changes no state. No
     WebSocket   CONNECTING --accept--> OPEN --close--> CLOSED (whatever follows raises ClientDisconnected)
                 CONNECTING --close--> CLOSED
                 CONNECTING --http.response.start--> REFUSING --http.response.body, more_body False--> CLOSED
+                OPEN --handover.state--> OPEN (a Checkpoint, where the extension is offered)
 
 Where ASGI and practice differ: ``bytearray`` and ``memoryview`` are taken for ``bytes`` (Starlette passes
 memoryviews on), a ``reason`` of None for "" (uvicorn takes it). Keys that are not known are dropped without a
@@ -27,13 +28,17 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, ClassVar, Final
 
+from channel_layer.codec import encode_message
 from channel_layer.connection import PIECE_BYTES_MAX
 from channel_layer.enums import quick
+from channel_layer.errors import InvalidMessage, MessageTooLarge
 
 __all__ = [
     "BODY_EVENT_BYTES_MAX",
     "EXTENSION_TRANSITIONS",
+    "STATE_BYTES_MAX",
     "TRANSITIONS",
+    "Checkpoint",
     "ClientDisconnected",
     "HttpEvents",
     "InvalidEvent",
@@ -43,6 +48,11 @@ __all__ = [
 ]
 
 Event = dict[str, Any]
+
+# A checkpoint (websocket.handover), encoded. The interface server keeps one for each connection.
+STATE_BYTES_MAX: Final = 64 * 1024
+# What encoding adds to the state itself.
+_STATE_ENVELOPE_BYTES: Final = len(encode_message({"state": None})) - 1
 
 # A larger body leaves as several events, so that one send() of any size moves through the window and the client
 # gets its first bytes before the last are encoded. With its keys such an event still fits one frame.
@@ -94,6 +104,7 @@ EXTENSION_TRANSITIONS: Final[Mapping[tuple[State, str], State]] = {
     (State.TRAILERS, "http.response.trailers"): State.COMPLETE,
     (State.CONNECTING, "websocket.http.response.start"): State.REFUSING,
     (State.REFUSING, "websocket.http.response.body"): State.CLOSED,
+    (State.OPEN, "websocket.handover.state"): State.OPEN,
 }
 
 # Event types of ASGI extensions, by extension: an application that sends one where it is not offered did not look
@@ -105,6 +116,7 @@ _EXTENSIONS: Final[Mapping[str, str]] = {
     "http.response.early_hint": "http.response.early_hint",
     "http.response.trailers": "http.response.trailers",
     "http.response.debug": "http.response.debug",
+    "websocket.handover.state": "websocket.handover",
     "websocket.http.response.start": "websocket.http.response",
     "websocket.http.response.body": "websocket.http.response",
 }
@@ -120,6 +132,17 @@ _VALUE_FORBIDDEN: Final = re.compile(rb"[\r\n\0]")
 _MISSING: Final = object()
 
 
+class Checkpoint(list[Event]):
+    """A ``websocket.handover.state``: no events for the client, but in order with those."""
+
+    __slots__ = ("commit", "notify", "state")
+
+    def __init__(self, state: bytes, *, notify: bool, commit: bool) -> None:
+        self.state = state  # encode_message({"state": …})
+        self.notify = notify
+        self.commit = commit
+
+
 class SentEvents:
     """The events one application instance has sent so far, as far as the next one depends on them."""
 
@@ -132,7 +155,7 @@ class SentEvents:
     _extensions: Container[str]  # that the scope of this connection offers
 
     def apply(self, message: Mapping[str, Any]) -> Iterable[Event]:
-        """Check one message of the application; return the events that leave now, in order.
+        """Check one message of the application; return the events that leave now, in order, or a Checkpoint.
 
         The result may be lazy and is to be used once. Raises InvalidEvent, ClientDisconnected.
         """
@@ -383,6 +406,22 @@ class WebSocketEvents(SentEvents):
         self.state = State.CLOSED
         return ({"type": kind, "code": int(code), "reason": reason},)
 
+    def _handover_state(self, message: Mapping[str, Any]) -> Checkpoint:
+        kind = "websocket.handover.state"
+        for key in ("notify", "commit"):
+            if type(message.get(key, False)) is not bool:
+                raise _wrong(kind, key, message[key], "a bool")
+        if "state" not in message:
+            raise _wrong(kind, "state", _MISSING, "what the next instance is to know")
+        try:
+            state = encode_message({"state": message["state"]})
+        except (InvalidMessage, MessageTooLarge) as error:
+            raise InvalidEvent(f"{kind}: {error}") from error
+        length = len(state) - _STATE_ENVELOPE_BYTES
+        if length > STATE_BYTES_MAX:
+            raise InvalidEvent(f'{kind}: "state" is {length} bytes when encoded, the limit is {STATE_BYTES_MAX}')
+        return Checkpoint(state, notify=message.get("notify", False), commit=message.get("commit", False))
+
     def _refusal_start(self, message: Mapping[str, Any]) -> Iterable[Event]:
         refusal = HttpEvents()
         self._named(refusal.apply, {**message, "type": "http.response.start"})
@@ -410,6 +449,7 @@ class WebSocketEvents(SentEvents):
         "websocket.close": _close,
         "websocket.http.response.start": _refusal_start,
         "websocket.http.response.body": _refusal_body,
+        "websocket.handover.state": _handover_state,
     }
 
 

@@ -496,5 +496,6 @@ def test_the_table_of_extensions_has_no_state_that_this_test_forgot() -> None:
     assert {kind for _, kind in EXTENSION_TRANSITIONS} == {
         *(HINT["type"], TRAILERS["type"], FILE["type"]),
         *("websocket.http.response.start", "websocket.http.response.body"),
+        "websocket.handover.state",
     }
     assert set(EXTENSION_TRANSITIONS.values()) <= set(State)
