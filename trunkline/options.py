@@ -336,6 +336,22 @@ OPTIONS: Final[tuple[Option, ...]] = (
         commands=SOCKETS,
         convert=_integer(65536),
         metavar="BYTES",
+    Option(
+        flag="handover",
+        commands=SOCKETS,
+        convert=_one_of("checkpoint", "always", "never"),
+        metavar="WHICH",
+        help="which WebSockets go on in another worker when theirs stops or dies: those that stored a checkpoint, "
+        "always all (others begin anew), never any (checkpoint)",
+    ),
+    Option(
+        flag="handover-timeout",
+        commands=SOCKETS,
+        convert=_seconds(),
+        metavar="S",
+        field="handover_timeout_s",
+        help="a WebSocket that no other worker goes on with in this time is closed, 1012 (30)",
+    ),
         field="client_buffer_bytes_max",
         help="broadcasts waiting for one client (1048576); above it: close 1013",
     ),
