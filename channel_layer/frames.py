@@ -33,6 +33,9 @@ changed its owner, from 1). Frames are encoded once, when they are queued, and j
     GROUP_DISCARD   both                  connection, epoch, request, group
     GROUP_ANSWER    both                  request, done               the answer to the two above
     BYE             both                                              nothing follows; in sequence
+    ANSWER          worker -> interface   connection, epoch, status, headers, body     I took the opening of a safe
+                                                                      request, and this is all of the response: CLAIM,
+                                                                      its events and END in one, never answered
 
 Kinds 32-47 belong to hand-over (SUSPEND … ADOPTED); a receiver answers a kind that it does not know with
 nothing and counts it. To add a frame: a number here, a build_ function, a row above, and its reader in
@@ -57,6 +60,7 @@ __all__ = [
     "Frame",
     "FrameKind",
     "Outcome",
+    "build_answer",
     "build_blob",
     "build_bye",
     "build_claim",
@@ -112,6 +116,7 @@ class FrameKind(IntEnum):
     GROUP_DISCARD = 14
     GROUP_ANSWER = 15
     BYE = 16
+    ANSWER = 17
     # Hand-over; reserved, not sent by this release.
     SUSPEND = 32
     SUSPENDED = 33
@@ -163,6 +168,7 @@ _FIELDS: Final[dict[int, tuple[type, ...]]] = {
     FrameKind.GROUP_DISCARD: (int, int, int, str),
     FrameKind.GROUP_ANSWER: (int, bool),
     FrameKind.BYE: (),
+    FrameKind.ANSWER: (int, int, int, list, bytes),
 }
 # The same, by the types of a whole frame: one look-up instead of a loop over the fields of each frame.
 _KINDS_BY_SHAPE: Final[dict[tuple[type, ...], set[int]]] = {}
@@ -231,6 +237,10 @@ def _check_frame(frame: object, index: int) -> None:
         if not expected:
             return
         raise WireError(f"frame {index} of a link blob is malformed: {repr_short(frame)}")
+
+
+def build_answer(connection: int, epoch: int, status: int, headers: Sequence[Sequence[bytes]], body: bytes) -> bytes:
+    return _pack([17, connection, epoch, status, headers, body])
 
 
 def build_claim(connection: int, epoch: int) -> bytes:

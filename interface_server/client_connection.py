@@ -233,6 +233,30 @@ class ClientConnection:
         if not self._outgoing.is_empty:
             self.flush()
 
+    def answered(self, response: dict[str, Any]) -> None:
+        """An ANSWER came: some worker took the opening, and ``response`` is all that its instance had to say."""
+        client = self._client
+        assert client is not None
+        self.opening = None
+        if self._paused or self._queue is not None:
+            # Within no credit, but it is short, and the last that comes for this client.
+            self.move(State.OWNED)
+            flush_wanted = self._queue_item((_Held.SHARED, response, 0))
+            self.ended(Outcome.RETURNED)
+            if flush_wanted:
+                self.flush_queue()
+            return
+        self._client = None
+        self.move(State.OVER)
+        self._discard_held()
+        self._hub.over(self, None)
+        try:
+            client.application_event(response)
+        except Exception:
+            # Nobody holds this connection any more who would end it.
+            _LOGGER.exception("an answer to %r could not be delivered", client)
+            client.refused(Refusal.PROTOCOL)
+
     def send_encoded(self, encoded: bytes) -> None:
         """Queue an encoded event for the application and send what the window allows."""
         if self.state is State.ENDING:

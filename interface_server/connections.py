@@ -373,6 +373,17 @@ class Connections:
                 return
         self._answer_closed(peer, number, epoch)
 
+    def _answered(self, peer: str, frame: Frame) -> None:
+        connection = self._connections.get(frame[1])
+        if connection is None or connection.epoch != frame[2] or not connection.is_unclaimed:
+            # The opening came twice and another worker was first, or the client is gone. Nobody waits for a word.
+            self._dropped_count["answer nobody waits for"] += 1
+            return
+        self._watch.discard(connection.number)
+        connection.answered(
+            {"type": "http.response", "status": frame[3], "headers": frame[4], "body": frame[5]},
+        )
+
     def _credit(self, peer: str, frame: Frame) -> None:
         connection = self._owned(peer, frame)
         if connection is not None:
@@ -411,6 +422,7 @@ class Connections:
         self._dropped_count[f"frame {FrameKind(frame[0]).name} from a worker"] += 1
 
     _READERS: ClassVar[dict[int, Callable[[Connections, str, Frame], None]]] = {
+        FrameKind.ANSWER: _answered,
         FrameKind.CLAIM: _claim,
         FrameKind.CLOSED: _closed,
         FrameKind.CREDIT: _credit,
@@ -469,8 +481,8 @@ class Connections:
                 connection.move(State.WAITING)
                 self._watch.stored(connection.number, connection.channel, call.result(), self._clock())
                 self._arm_watch_timer()
-            elif connection.state is State.OVER:
-                # The client left meanwhile. If it was claimed and is over already, there is nothing to remove.
+            elif connection.state is State.OVER and connection.opening is not None:
+                # The client left meanwhile, and no worker had taken it.
                 self._remove(connection.channel, call.result())
         elif connection.state is not State.PUSHING:
             pass  # claimed or gone; it was stored after all, or it does not matter

@@ -11,6 +11,10 @@ may send is events.py's.
 Safe HTTP methods start with the claim, everything else with the grant (process.py calls ``start()``). While
 FINISHING, what the application sent still waits for the client to read it; END follows it.
 
+The claim of a safe method leaves behind the first turn of its application (process.py calls ``claim()``), or before
+the first frame that leaves earlier. An application that by then has sent a whole short response and returned, as
+most that answer from memory do, leaves one frame, ANSWER, in place of all the others.
+
 What the other side may do at any time:
 
     GONE    send() fails from now on; events may still follow, and LAST does
@@ -22,18 +26,19 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import CodeType
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeGuard, cast
 
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import IncomingEvents, OutgoingEvents
 from channel_layer.enums import quick
-from channel_layer.frames import FrameKind, Outcome, build_end, build_receiving
+from channel_layer.frames import FrameKind, Outcome, build_answer, build_claim, build_end, build_receiving
 from channel_layer.openings import Opening
 from worker.application import Application, Scope
 from worker.events import ClientDisconnected, HttpEvents, SentEvents, State, WebSocketEvents
@@ -45,6 +50,9 @@ logger = logging.getLogger("trunkline.worker")
 
 # Enough to see which line of the application called which library; a whole chain through middleware is a page.
 _WAIT_FRAMES_SHOWN: Final = 4
+
+# A longer response leaves as events, within the client's credit, which an ANSWER does not ask for.
+_ANSWER_BYTES_MAX: Final = 16 * 1024
 
 # RFC 9110 section 9.2.1, without TRACE, which no server of ours passes on.
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -69,6 +77,7 @@ class Phase(Enum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceStatistics:
     phase: Phase
+    claimed: bool  # we have said so
     granted: bool
     sent: State  # how far the application has answered
     arrived_count: int  # events that wait for receive()
@@ -91,6 +100,7 @@ class Instance:
 
     __slots__ = (
         "__weakref__",
+        "_answer",
         "_application",
         "_arrived",
         "_close_timeout_s",
@@ -100,6 +110,7 @@ class Instance:
         "_ended",
         "_incoming",
         "_is_cancelled",
+        "_is_claimed",
         "_is_held",
         "_is_shut_down",
         "_link",
@@ -156,6 +167,9 @@ class Instance:
         self._outcome: Outcome | None = None  # set when the call is over
         self._is_cancelled = False  # by us: so its CancelledError is no error
         self._is_shut_down = False  # the worker stops
+        self._is_claimed = False  # CLAIM has left, or what takes its place
+        # A whole response that may still become an ANSWER: its start and its body.
+        self._answer: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._is_held = True  # False: the interface server holds this connection no more, nothing is answered
 
         # Towards the application. Lists, not deques: 20,000 idle WebSockets would hold 12 MB of empty deques, and
@@ -190,6 +204,7 @@ class Instance:
     def statistics(self) -> InstanceStatistics:
         return InstanceStatistics(
             phase=self.phase,
+            claimed=self._is_claimed,
             granted=self.granted,
             sent=self._sent.state,
             arrived_count=len(self._arrived),
@@ -206,7 +221,7 @@ class Instance:
     @property
     def is_verdict_due(self) -> bool:
         """True while the answer to the claim, GRANT or CLOSED, is still to come."""
-        return self._is_held and not self.granted
+        return self._is_held and self._is_claimed and not self.granted
 
     @property
     def task(self) -> asyncio.Task[None] | None:
@@ -214,6 +229,17 @@ class Instance:
         return self._task
 
     # Told by the process
+
+    def claim(self) -> None:
+        """Tell the interface server that the connection is here, if it was not told."""
+        if self._is_claimed or not self._is_held or self.phase is Phase.ENDED:
+            return
+        self._is_claimed = True
+        self._link.link_send(self.peer, build_claim(self.connection, self.epoch))
+        answer, self._answer = self._answer, None
+        if answer is not None:  # of an application that goes on behind its response
+            self._unsent.append(_Sending(iter(answer), None))
+            self._pump()
 
     def start(self) -> None:
         """Call the application."""
@@ -227,7 +253,7 @@ class Instance:
 
     def grant(self) -> None:
         """A GRANT frame came: the connection is ours; call the application if it does not run yet."""
-        self.granted = True
+        self.granted = self._is_claimed = True
         self.start()
 
     def event_received(self, kind: int, payload: bytes) -> None:
@@ -307,6 +333,9 @@ class Instance:
             logger.warning(
                 "%s: %s; it is cancelled, it waited at %s", self.describe(), log, describe_wait(self._task)
             )
+        if not self._is_cancelled and _has_not_begun(self._task):
+            # It was to begin in this turn of the loop, and ends without a line of _run().
+            self._task.add_done_callback(lambda task: self._application_ended(Outcome.CANCELLED))
         self._is_cancelled = True
         self._task.cancel()
 
@@ -320,6 +349,7 @@ class Instance:
         """
         if self._tell_receiving:
             self._tell_receiving = False
+            self.claim()
             if self._is_held:
                 self._link.link_send(self.peer, build_receiving(self.connection, self.epoch))
         while True:
@@ -330,6 +360,7 @@ class Instance:
                 event, cost_bytes = self._arrived.pop(0)
                 credit = self._incoming.consume(cost_bytes)
                 if credit is not None and self._is_held and self._disconnect is None:
+                    self.claim()
                     self._link.link_send(self.peer, credit)
                 return event
             if self._disconnect is not None:
@@ -362,6 +393,11 @@ class Instance:
                 self._release_start()
         if not events:  # a held http.response.start, or what follows a complete response
             return
+        if not self._is_claimed:
+            if sent.state is State.COMPLETE and _is_short_answer(events):
+                self._answer = events
+                return
+            self.claim()
         rest = iter(events)
         if not self._unsent and self._let_leave(rest):
             return
@@ -482,9 +518,23 @@ class Instance:
         return {"type": "websocket.disconnect", "code": 1006, "reason": ""}
 
     def _end(self) -> None:
+        if self._is_held:
+            if self._answer is not None:
+                start, body = self._answer
+                frame = build_answer(self.connection, self.epoch, start["status"], start["headers"], body["body"])
+                if (
+                    self._outcome is not Outcome.RETURNED
+                    or len(frame) > _ANSWER_BYTES_MAX
+                    or self._link.link_is_congested(self.peer)
+                ):
+                    self.claim()  # comes back here when everything has left
+                    return
+                self._answer = None
+                self._link.link_send(self.peer, frame)
+            elif self._outcome is not None:
+                self.claim()
+                self._link.link_send(self.peer, build_end(self.connection, self.epoch, self._outcome))
         self.phase = Phase.ENDED
-        if self._is_held and self._outcome is not None:
-            self._link.link_send(self.peer, build_end(self.connection, self.epoch, self._outcome))
         self._ended(self)
 
     def _report_incomplete(self) -> None:
@@ -506,6 +556,20 @@ class Instance:
         trace = error.__traceback__
         shown = trace.tb_next if trace is not None and trace.tb_next is not None else trace  # without _run()
         logger.error("Exception in ASGI application, %s", self.describe(), exc_info=(type(error), error, shown))
+
+
+def _is_short_answer(events: Iterable[dict[str, Any]]) -> TypeGuard[tuple[dict[str, Any], dict[str, Any]]]:
+    """True for start and body of a response that is complete with them and may fit an ANSWER."""
+    return (
+        type(events) is tuple
+        and len(events) == 2
+        and events[1]["type"] == "http.response.body"
+        and len(events[1]["body"]) <= _ANSWER_BYTES_MAX
+    )
+
+
+def _has_not_begun(task: asyncio.Task[Any]) -> bool:
+    return inspect.getcoroutinestate(cast(Coroutine[Any, Any, Any], task.get_coro())) == inspect.CORO_CREATED
 
 
 def _is_disconnect(error: BaseException) -> bool:

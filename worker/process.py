@@ -5,7 +5,8 @@ application, connect, lifespan startup, take openings until a signal, stop. How 
 instance.py's business.
 
     opening taken --CLAIM--> claimed --GRANT--> granted      safe HTTP methods run from the claim on,
-                                +-----CLOSED, or 5 s---> dropped      everything else from the grant
+          |                     +-----CLOSED, or 5 s---> dropped      everything else from the grant
+          +--ANSWER (a safe method's whole response) --> over
 
 To handle a further kind of frame from interface servers: a branch in ``_apply``.
 """
@@ -31,7 +32,7 @@ from channel_layer.base import ProcessLayer
 from channel_layer.connection import FlowControlError
 from channel_layer.encryption import Cipher, read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName, WireError
-from channel_layer.frames import Frame, FrameKind, build_claim, build_closed
+from channel_layer.frames import Frame, FrameKind, build_closed
 from channel_layer.openings import Opening, decode_opening
 from channel_layer.process_layer import RedisProcessLayer
 from worker.application import Application, build_application
@@ -325,16 +326,18 @@ class WorkerProcess:
     def _open_all(self, protocol: str, taken: list[bytes]) -> None:
         # Not in _take: there its last instances would stay, as variables, until the next ones come.
         opened = [instance for data in taken if (instance := self._open(protocol, data)) is not None]
+        started = []
         for instance in opened:
             if instance.is_safe:
                 instance.start()
+                started.append(instance)
             else:
                 self._unanswered[instance] = self._loop.time() + GRANT_TIMEOUT_S
                 self._arm_grant_timer()
-        # Behind the starts: the links push what they have when these have had their first turn, so the answer of an
-        # application that does not wait leaves with its claim, and not a round trip of the broker later.
-        for instance in opened:
-            self._layer.link_send(instance.peer, build_claim(instance.connection, instance.epoch))
+                instance.claim()
+        if started:
+            # Behind their first turn: then the answer of an application that does not wait is the claim.
+            self._loop.call_soon(_claim_all, started)
 
     def _taker_done(self, taker: asyncio.Task[None]) -> None:
         error = taker.exception() if not taker.cancelled() else None
@@ -489,6 +492,11 @@ _KINDS: Final = frozenset(
 )
 _VERDICTS: Final = (int(FrameKind.GRANT), int(FrameKind.CLOSED))
 _ANSWERED: Final = frozenset(int(kind) for kind in (FrameKind.GRANT, FrameKind.EVENT, FrameKind.PIECE))
+
+
+def _claim_all(instances: list[Instance]) -> None:
+    for instance in instances:
+        instance.claim()
 
 
 # The life of the process

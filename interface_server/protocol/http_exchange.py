@@ -235,6 +235,11 @@ class HttpExchange:
             self._remaining_bytes = self._length
         return self._write(head, body, is_last=not more)
 
+    def _whole(self, event: Mapping[str, Any]) -> Output:
+        """Start and body in one, as an ANSWER brings them."""
+        output = self._start(event)
+        return output if self.phase is Phase.OVER else self._first_body(event)
+
     def _next_body(self, event: Mapping[str, Any]) -> Output:
         body = event.get("body", b"")
         if type(body) is not bytes or self._body_is_over:
@@ -399,6 +404,7 @@ class HttpExchange:
 # What may come when. A pair that is not here ends the exchange (or, when it is over, is late).
 _TABLE: Final[Mapping[tuple[int, str], Callable[[HttpExchange, Mapping[str, Any]], Output]]] = {
     (Phase.WAITING, "http.response.start"): HttpExchange._start,
+    (Phase.WAITING, "http.response"): HttpExchange._whole,
     (Phase.STARTED, "http.response.body"): HttpExchange._first_body,
     (Phase.STREAMING, "http.response.body"): HttpExchange._next_body,
     (Phase.WAITING, "http.response.early_hint"): HttpExchange._early_hint,

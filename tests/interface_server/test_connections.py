@@ -19,6 +19,7 @@ from channel_layer.errors import BrokerUnavailable, ChannelFull
 from channel_layer.frames import (
     FrameKind,
     Outcome,
+    build_answer,
     build_claim,
     build_closed,
     build_credit,
@@ -286,6 +287,77 @@ async def test_a_second_claim_of_the_owner_does_not_end_its_instance(bench):
     assert client.connection.state is State.OWNED
 
 
+RESPONSE = {"type": "http.response", "status": 200, "headers": [[b"x", b"y"]], "body": b"hello"}
+
+
+def answer_of(client, epoch=1):
+    return build_answer(number_of(client), epoch, 200, [(b"x", b"y")], b"hello")
+
+
+@pytest.mark.parametrize("stored", [True, False])
+async def test_an_answer_is_claim_events_and_end_in_one(bench, stored):
+    client = bench.open("http")
+    if stored:
+        await bench.answer("push", b"element")
+    bench.frame(answer_of(client))
+    assert client.log == [RESPONSE]
+    assert client.connection.state is State.OVER
+    assert bench.layer.sent == []
+    if not stored:
+        await bench.answer("push", b"element")
+    assert not bench.open_calls("remove")
+    assert bench.connections.open_count == 0
+    bench.frame(answer_of(client), OTHER)  # of the second copy of an opening
+    assert client.log == [RESPONSE]
+    assert bench.layer.sent == []
+    assert bench.connections.statistics().dropped == {"answer nobody waits for": 1}
+
+
+async def test_an_answer_to_a_connection_that_waits_for_the_broker(bench):
+    client = bench.open("http")
+    await bench.answer("push", BrokerUnavailable("gone"))
+    assert client.connection.state is State.PARKED
+    bench.frame(answer_of(client))
+    assert client.log == [RESPONSE]
+
+
+async def test_an_answer_does_not_touch_what_another_worker_has_or_another_epoch(bench):
+    owned = await bench.owned("http")
+    bench.frame(answer_of(owned), OTHER)
+    waiting = bench.open("http")
+    bench.frame(answer_of(waiting, epoch=2))
+    assert owned.log == waiting.log == []
+    assert bench.layer.sent == []
+    assert owned.connection.state is State.OWNED
+    assert waiting.connection.is_unclaimed
+
+
+async def test_an_answer_waits_for_a_client_that_does_not_read(bench):
+    client = bench.open("http")
+    client.connection.pause_delivery()
+    bench.frame(answer_of(client))
+    assert client.log == []
+    assert client.connection.state is State.ENDING
+    client.connection.resume_delivery()
+    assert client.log == [RESPONSE, Outcome.RETURNED]
+    assert client.connection.state is State.OVER
+
+
+async def test_an_answer_drops_what_a_group_sent_before(bench):
+    client = bench.open("http")
+    bench.group_send({"type": "http.response.body", "body": b"early", "more_body": True}, client)
+    bench.frame(answer_of(client))
+    assert client.log == [RESPONSE]
+
+
+async def test_an_answer_that_cannot_be_delivered_is_refused(bench, caplog):
+    client = bench.open("http")
+    client.on_event = lambda event: 1 / 0
+    bench.frame(answer_of(client))
+    assert client.log == [RESPONSE, Refusal.PROTOCOL]
+    assert "could not be delivered" in caplog.text
+
+
 async def test_a_claim_may_come_before_the_broker_s_answer(bench):
     client = bench.open()
     bench.frame(build_claim(1, 1))
@@ -545,6 +617,7 @@ FRAMES = {
     FrameKind.RECEIVING: build_receiving(1, 1),
     FrameKind.END: build_end(1, 1, Outcome.RETURNED),
     FrameKind.EVENTS: build_events([(1, 1)], encode_event(text("hello"))),
+    FrameKind.ANSWER: build_answer(1, 1, 200, [(b"x", b"y")], b"hello"),
 }
 # What happens where the connection is owned by the sender: (client's log, state).
 EFFECT = {
@@ -561,7 +634,7 @@ EFFECT = {
     },
 }
 # Frames that nobody answers where the connection is not the sender's.
-SILENT = {FrameKind.CLOSED, FrameKind.END, FrameKind.GRANT, FrameKind.LAST, FrameKind.GONE}
+SILENT = {FrameKind.ANSWER, FrameKind.CLOSED, FrameKind.END, FrameKind.GRANT, FrameKind.LAST, FrameKind.GONE}
 
 
 async def bring_to(bench, state):
@@ -602,6 +675,8 @@ async def test_every_frame_in_every_state(bench, state, kind):
     elif kind is FrameKind.CLAIM and state in (State.PARKED, State.PUSHING, State.WAITING):
         assert client.connection.state is State.OWNED
         assert sent == [(WORKER, msgpack.unpackb(build_grant(1, 1)))]
+    elif kind is FrameKind.ANSWER and state in (State.PARKED, State.PUSHING, State.WAITING):
+        assert (client.log, client.connection.state, sent) == ([RESPONSE], State.OVER, [])
     else:
         assert (client.log, client.connection.state) == ([], state)
         assert sent == ([] if kind in SILENT else [(WORKER, msgpack.unpackb(build_closed(1, 1)))])

@@ -155,6 +155,11 @@ class FakeInterface:
                     answers.append(msgpack.unpackb(credit))
             elif kind == FrameKind.CLAIM:
                 self.claimed = True
+            elif kind == FrameKind.ANSWER:
+                self.claimed = True
+                self.events.append({"type": "http.response.start", "status": frame[3], "headers": frame[4]})
+                self.events.append({"type": "http.response.body", "body": frame[5], "more_body": False})
+                self.outcome = Outcome.RETURNED
             elif kind == FrameKind.CREDIT:
                 self.outgoing.credit(frame[3])
             elif kind == FrameKind.RECEIVING:

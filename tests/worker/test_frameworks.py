@@ -48,7 +48,8 @@ class Client:
         await self.layer.offer(make_opening(scope, first=first))
         self.interface.event(first)
         await turns()
-        self.deliver(self.interface.frame(FrameKind.GRANT))
+        if FrameKind.ANSWER not in [frame[1] for frame in self.layer.frames]:
+            self.deliver(self.interface.frame(FrameKind.GRANT))
 
     def deliver(self, *frames: list[Any]) -> None:
         for frame in frames:

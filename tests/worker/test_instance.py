@@ -937,3 +937,121 @@ async def test_statistics_and_repr_show_the_state() -> None:
     assert (statistics.phase, statistics.granted, statistics.sent) == (Phase.CLAIMED, False, State.WAITING)
     assert (statistics.arrived_count, statistics.unsent_bytes) == (1, 0)
     assert repr(bench.instance) == "<Instance GET / itestinterface!1 epoch 1 claimed, not granted, WAITING>"
+
+
+async def run_unclaimed(application: Any, scope: dict[str, Any] | None = None, **opening: Any) -> Bench:
+    """An instance that started without a claim, behind the first turn of its application."""
+    bench = Bench(application, scope, started=False, **opening)
+    bench.instance.start()
+    await asyncio.sleep(0)
+    return bench
+
+
+def answering(data: bytes, *, then: Any = None, headers: Any = ()) -> Any:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": data})
+        if then is not None:
+            await then(receive, send)
+
+    return application
+
+
+async def test_a_whole_short_response_is_the_claim_and_the_end() -> None:
+    bench = await run_unclaimed(answering(b"hello", headers=[(b"X-Name", b"value")]))
+    assert bench.link.take() == [[int(FrameKind.ANSWER), 1, 1, 200, [[b"x-name", b"value"]], b"hello"]]
+    assert bench.instance.phase is Phase.ENDED
+    assert bench.ended == [bench.instance]
+    assert not bench.instance.is_verdict_due
+    bench.instance.claim()
+    assert bench.link.take() == []
+
+
+async def test_a_failure_behind_a_whole_short_response_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(receive: Any, send: Any) -> None:
+        raise ValueError("behind the response")
+
+    bench = await run_unclaimed(answering(b"hello", then=fail))
+    bench.interface.read(bench.link.take())
+    assert bench.interface.events[-1]["body"] == b"hello"
+    assert bench.interface.outcome is Outcome.RAISED
+    assert "behind the response" in caplog.text
+
+
+async def test_an_application_that_goes_on_behind_its_response_is_claimed_and_the_response_leaves() -> None:
+    released = asyncio.Event()
+
+    async def wait(receive: Any, send: Any) -> None:
+        await released.wait()
+
+    bench = await run_unclaimed(answering(b"hello", then=wait))
+    assert bench.link.take() == []
+    bench.instance.claim()
+    frames = bench.link.take()
+    assert [frame[0] for frame in frames] == [FrameKind.CLAIM, FrameKind.EVENT, FrameKind.EVENT]
+    bench.interface.read(frames)
+    assert bench.interface.events[-1]["body"] == b"hello"
+    assert bench.instance.is_verdict_due
+    released.set()
+    await turns()
+    assert bench.link.take() == [[int(FrameKind.END), 1, 1, int(Outcome.RETURNED)]]
+
+
+@pytest.mark.parametrize("size", [16 * 1024 - 100, 16 * 1024, 16 * 1024 + 1, 300_000])
+async def test_a_longer_response_leaves_within_its_credit(size: int) -> None:
+    bench = await run_unclaimed(answering(b"x" * size, headers=[(b"x-long", b"y" * 200)]))
+    frames = bench.link.take()
+    assert frames[0][0] == FrameKind.CLAIM
+    bench.deliver(*bench.interface.read(frames))
+    await turns()
+    bench.deliver(*bench.interface.read(bench.link.take()))
+    assert b"".join(event["body"] for event in bench.interface.events[1:]) == b"x" * size
+    assert bench.interface.outcome is Outcome.RETURNED
+
+
+async def test_an_answer_waits_for_a_congested_link_as_events_do() -> None:
+    bench = Bench(answering(b"hello"), started=False)
+    bench.link.congested = True
+    bench.instance.start()
+    await turns()
+    assert [frame[0] for frame in bench.link.take()] == [FrameKind.CLAIM]
+    assert bench.ended == []
+    bench.link.congested = False
+    bench.instance.link_ready()
+    assert [frame[0] for frame in bench.link.take()] == [FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+    assert bench.ended == [bench.instance]
+
+
+async def test_what_leaves_early_leaves_behind_the_claim() -> None:
+    async def first_words(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        await send({"type": "http.response.body", "body": b"b"})
+
+    bench = await run_unclaimed(first_words, tell_receiving=True)
+    assert [frame[0] for frame in bench.link.take()] == [
+        FrameKind.CLAIM,
+        FrameKind.RECEIVING,
+        FrameKind.EVENT,
+        FrameKind.EVENT,
+        FrameKind.EVENT,
+        FrameKind.END,
+    ]
+
+
+async def test_an_application_that_fails_at_once_is_claimed_and_ended(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(scope: Any, receive: Any, send: Any) -> None:
+        raise ValueError("at once")
+
+    bench = await run_unclaimed(fail)
+    assert [frame[0] for frame in bench.link.take()] == [FrameKind.CLAIM, FrameKind.END]
+
+
+async def test_an_answer_to_an_interface_server_that_is_gone_goes_nowhere() -> None:
+    bench = Bench(answering(b"hello"), started=False)
+    bench.instance.start()
+    bench.instance.refused("the interface server is gone")
+    await turns()
+    assert bench.link.take() == []
+    assert bench.ended == [bench.instance]

@@ -91,7 +91,23 @@ async def test_a_safe_request_is_claimed_and_runs_before_the_grant(bench: Bench)
     assert bench.process.instances() == []
 
 
-async def test_answers_of_applications_that_do_not_wait_leave_with_their_claims(bench: Bench) -> None:
+async def test_an_application_that_does_not_wait_answers_in_one_frame(bench: Bench) -> None:
+    bench.application.release.set()
+    await bench.open()
+    assert bench.layer.take() == [[int(FrameKind.ANSWER), 1, 1, 204, [], b""]]
+    assert bench.process.instances() == []
+
+
+async def test_an_unsafe_request_is_answered_in_events(bench: Bench) -> None:
+    bench.application.release.set()
+    await bench.open(http_scope("POST"))
+    assert bench.kinds() == [FrameKind.CLAIM]
+    bench.frame(FrameKind.GRANT)
+    await turns()
+    assert bench.kinds() == [FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+
+
+async def test_the_answers_of_one_turn_leave_together(bench: Bench) -> None:
     """A link pushes at the end of the turn in which it was first given something, and then waits for the broker."""
     bench.application.release.set()
     first_push: list[list[Any]] = []
@@ -105,18 +121,16 @@ async def test_answers_of_applications_that_do_not_wait_leave_with_their_claims(
     bench.layer.link_send = send_and_push  # type: ignore[method-assign]
     await bench.layer.offer(*(make_opening(http_scope(), connection=number, first=REQUEST) for number in (1, 2)))
     await turns()
-    assert [FrameKind(frame[1]) for frame in first_push] == [
-        *[FrameKind.CLAIM] * 2,
-        *[FrameKind.EVENT, FrameKind.EVENT, FrameKind.END] * 2,
-    ]
+    assert [frame[1:3] for frame in first_push] == [[int(FrameKind.ANSWER), 1], [int(FrameKind.ANSWER), 2]]
 
 
 @pytest.mark.parametrize("verdict", [FrameKind.GRANT, FrameKind.CLOSED])
 async def test_the_answer_to_the_claim_of_a_call_that_is_over_is_not_answered(
     bench: Bench, verdict: FrameKind
 ) -> None:
-    bench.application.release.set()
     await bench.open()
+    bench.application.release.set()
+    await turns()
     assert bench.kinds() == [FrameKind.CLAIM, FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
     bench.frame(verdict)
     assert bench.layer.frames == []
@@ -126,8 +140,9 @@ async def test_the_answer_to_the_claim_of_a_call_that_is_over_is_not_answered(
 
 
 async def test_answers_that_are_due_are_forgotten_with_their_interface_server(bench: Bench) -> None:
-    bench.application.release.set()
     await bench.open()
+    bench.application.release.set()
+    await turns()
     bench.layer.take()
     bench.process.peer_ended(INTERFACE, "killed")
     bench.frame(FrameKind.GRANT)
