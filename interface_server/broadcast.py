@@ -1,6 +1,6 @@
 """One message of a group on its way to many clients: framed once, handed out in slices, bounded in bytes.
 
-    Broadcast        the message and its frame, the same bytes object for every connection
+    Broadcast        the message and its frame, the same bytes object for every connection (with the same compression)
     FanOut           lets connections write what they queued, some hundreds a loop turn
     BroadcastMemory  what waits for clients that do not read, and which of them has to go
 
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from interface_server.protocol.deflate import Deflate
 from interface_server.protocol.websocket_frames import build_frame, read_message
 
 __all__ = [
@@ -58,7 +59,7 @@ _EVICT_TO: Final = 0.9
 class Broadcast:
     """One ``websocket.send`` for many clients. Raises ValueError if the event is not a valid one."""
 
-    __slots__ = ("_frame", "held_bytes", "opcode", "payload")
+    __slots__ = ("_compressed", "_frame", "held_bytes", "opcode", "payload")
 
     def __init__(self, event: dict[str, Any]) -> None:
         message = read_message(event)
@@ -66,7 +67,9 @@ class Broadcast:
             raise ValueError(f'not a websocket.send with either "text" or "bytes": {event!r:.200}')
         self.opcode, self.payload = message
         self.held_bytes = max(_HELD_BYTES_MIN, len(self.payload))  # what it counts where it waits
-        self._frame: bytes | None = None  # built when the first connection wants it
+        # Built when the first connection wants it: the plain frame, and one for each window; there are four.
+        self._frame: bytes | None = None
+        self._compressed: dict[int, bytes] | None = None
 
     def __repr__(self) -> str:
         return f"<Broadcast opcode={self.opcode} payload={len(self.payload)} bytes>"
@@ -77,6 +80,16 @@ class Broadcast:
         if self._frame is None:
             self._frame = build_frame(self.opcode, self.payload)
         return self._frame
+
+    def compressed_frame(self, deflate: Deflate) -> bytes:
+        """The frame for connections that agreed on this; the same object for all with the same window."""
+        if self._compressed is None:
+            self._compressed = {}
+        bits = deflate.server_window_bits
+        frame = self._compressed.get(bits)
+        if frame is None:
+            frame = self._compressed[bits] = deflate.build_message(self.opcode, self.payload)
+        return frame
 
 
 class Receiver(Protocol):

@@ -4,11 +4,8 @@
     WebSocketClient  one WebSocket: carries out what protocol/websocket_session.py decides
 
 Does not live here: the rules (protocol/websocket_handshake.py, protocol/websocket_session.py), reading frames
-(frame_reader.py, which has Autobahn do it), building them (protocol/websocket_frames.py), timers (deadlines.py: one
-for all connections).
-
-permessage-deflate will need three places: ``build_accept(extension=…)``, ``FrameReader`` (Autobahn's
-``_perMessageCompress``) and a second frame in ``Broadcast``.
+(frame_reader.py, which has Autobahn do it), building them (protocol/websocket_frames.py), compressing them
+(protocol/deflate.py), timers (deadlines.py: one for all connections).
 """
 
 from __future__ import annotations
@@ -192,7 +189,8 @@ class WebSocketClient:
         }
         shared.clients.add(self)
         try:
-            handshake = read_extended_connect(head) if over_http2 else read_handshake(head)
+            read = read_extended_connect if over_http2 else read_handshake
+            handshake = read(head, may_deflate=shared.settings.ws_per_message_deflate)
         except HandshakeFault as fault:
             self._refuse_fault(fault)
         else:
@@ -283,7 +281,8 @@ class WebSocketClient:
         assert session is not None
         # A message leaves an open session as it is; of a thousand connections nearly all are open.
         if session.state is State.OPEN or session.frame_sent():
-            self._transport.write(broadcast.frame)
+            deflate = session.deflate
+            self._transport.write(broadcast.frame if deflate is None else broadcast.compressed_frame(deflate))
 
     def application_receiving(self) -> None:
         """Nothing waits for it: what a WebSocket client sends is sent on as it comes."""
@@ -432,12 +431,15 @@ class WebSocketClient:
         shared = self._shared
         shared.access_log.websocket_accepted(**self._log_target, application_s=self._elapsed_s())
         self._since = self._heard_at = shared.deadlines.clock()
+        assert self._session is not None
+        deflate = self._session.deflate
         self._reader = reader = FrameReader(
             message=self._message_received,
             ping=self._ping_received,
             close_frame=self._close_received,
             fault=self._fault_found,
             message_bytes_max=shared.settings.ws_max_size_bytes,
+            window_bits=None if deflate is None else deflate.client_window_bits,
         )
         interval_s = shared.settings.ws_ping_interval_s
         if interval_s:

@@ -23,12 +23,12 @@ __all__ = ["Http2Answers", "read_extended_connect"]
 _VERSION: Final = b"13"
 
 
-def read_extended_connect(head: RequestHead) -> Handshake:
+def read_extended_connect(head: RequestHead, *, may_deflate: bool = False) -> Handshake:
     """Check an extended CONNECT (RFC 8441 section 5). Raises HandshakeFault."""
     versions = [value for name, value in head.headers if name == b"sec-websocket-version"]
     if versions != [_VERSION]:
         raise HandshakeFault(400, "Sec-WebSocket-Version must be 13", ((b"sec-websocket-version", _VERSION),))
-    return read_offers(head, accept=b"")
+    return read_offers(head, accept=b"", may_deflate=may_deflate)
 
 
 class Http2Answers:
@@ -45,6 +45,8 @@ class Http2Answers:
         fields = [(b":status", b"200")]
         if subprotocol is not None:
             fields.append((b"sec-websocket-protocol", subprotocol.encode("ascii")))
+        if handshake.deflate is not None:
+            fields.append((b"sec-websocket-extensions", handshake.deflate.answer))
         own = check_accept(handshake, subprotocol=subprotocol, headers=headers)
         fields += ((name.lower(), value.strip(b" \t")) for name, value in own)
         names = {name for name, _ in fields}

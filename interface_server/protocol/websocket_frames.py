@@ -36,12 +36,12 @@ _REASON_BYTES_MAX: Final = 123
 # Heads of frames with FIN set and a payload of 0 to 125 bytes: nearly all control frames and most messages.
 _SHORT_HEADS: Final = {
     opcode: tuple(bytes((0x80 | opcode, length)) for length in range(126))
-    for opcode in (TEXT, BINARY, CLOSE, PING, PONG)
+    for opcode in (TEXT, BINARY, CLOSE, PING, PONG, 0x40 | TEXT, 0x40 | BINARY)
 }
 
 
 def build_frame(opcode: int, payload: bytes) -> bytes:
-    """Return an unmasked frame with FIN set."""
+    """Return an unmasked frame with FIN set; ``opcode`` with RSV bits, if any (deflate.py)."""
     length = len(payload)
     if length < 126:
         return _SHORT_HEADS[opcode][length] + payload

@@ -4,9 +4,8 @@ RFC 6455 section 4.2. The headers come from the request reader and are never put
 a second parser with other ideas of where a line ends is how headers are smuggled (CVE-2026-44546).
 
 Lives here: whether a request is an upgrade, what is wrong with it, what the client offers, the 101 and every other
-answer before it. Does not live here: when which answer is given (websocket_session.py), extensions
-(permessage-deflate): what the client offers is kept in ``Handshake.extensions`` for them, and ``build_accept``
-takes the agreed one.
+answer before it. Does not live here: when which answer is given (websocket_session.py), what an offer of compression
+means (deflate.py).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 
+from interface_server.protocol.deflate import Deflate, MalformedOffer, negotiate
 from interface_server.protocol.request import RequestHead
 
 __all__ = [
@@ -79,7 +79,7 @@ class Handshake:
 
     accept: bytes  # value of Sec-WebSocket-Accept
     subprotocols: list[str]  # as offered, best first, each once
-    extensions: tuple[bytes, ...]  # values of Sec-WebSocket-Extensions, not parsed
+    deflate: Deflate | None = None  # the compression that the accept agrees on
 
 
 def is_websocket_upgrade(head: RequestHead) -> bool:
@@ -96,7 +96,7 @@ def is_websocket_upgrade(head: RequestHead) -> bool:
     )
 
 
-def read_handshake(head: RequestHead) -> Handshake:
+def read_handshake(head: RequestHead, *, may_deflate: bool = False) -> Handshake:
     """Check an upgrade request (RFC 6455 section 4.2.1). Raises HandshakeFault."""
     # Bytes behind the head would be a body for one reader and frames for another.
     if any(
@@ -114,21 +114,24 @@ def read_handshake(head: RequestHead) -> Handshake:
     keys = _values(head.headers, b"sec-websocket-key")
     if len(keys) != 1 or not _is_nonce(keys[0]):
         raise HandshakeFault(400, f"Sec-WebSocket-Key is {_shown(keys)}, must be 16 bytes in base64")
-    return read_offers(head, accept=base64.b64encode(hashlib.sha1(keys[0] + _GUID).digest()))
+    accept = base64.b64encode(hashlib.sha1(keys[0] + _GUID).digest())
+    return read_offers(head, accept=accept, may_deflate=may_deflate)
 
 
-def read_offers(head: RequestHead, *, accept: bytes) -> Handshake:
+def read_offers(head: RequestHead, *, accept: bytes, may_deflate: bool) -> Handshake:
     """Read what the client offers, which is the same in every version of HTTP. Raises HandshakeFault."""
     subprotocols: dict[str, None] = {}
     for token in _list_items(head.headers, b"sec-websocket-protocol"):
         if not _TOKEN.fullmatch(token):
             raise HandshakeFault(400, f"Sec-WebSocket-Protocol names {_shown([token])}, which is not a token")
         subprotocols[token.decode("ascii")] = None
-    return Handshake(
-        accept=accept,
-        subprotocols=list(subprotocols),
-        extensions=tuple(_values(head.headers, b"sec-websocket-extensions")),
-    )
+    deflate = None
+    if may_deflate:  # else we know no extension, and what is offered is none of our business
+        try:
+            deflate = negotiate(_values(head.headers, b"sec-websocket-extensions"))
+        except MalformedOffer as error:
+            raise HandshakeFault(400, f"Sec-WebSocket-Extensions: {error}") from error
+    return Handshake(accept=accept, subprotocols=list(subprotocols), deflate=deflate)
 
 
 def build_accept(
@@ -137,7 +140,6 @@ def build_accept(
     subprotocol: str | None,
     headers: Iterable[Sequence[bytes]] = (),
     server_headers: Iterable[tuple[bytes, bytes]] = (),
-    extension: bytes | None = None,
 ) -> bytes:
     """Return the 101 (section 4.2.2). ``headers`` are the application's, ``server_headers`` ours (Date, Server …).
 
@@ -152,8 +154,8 @@ def build_accept(
     own = check_accept(handshake, subprotocol=subprotocol, headers=headers)
     if subprotocol is not None:
         lines.append(b"sec-websocket-protocol: " + subprotocol.encode("ascii"))
-    if extension is not None:
-        lines.append(b"sec-websocket-extensions: " + extension)
+    if handshake.deflate is not None:
+        lines.append(b"sec-websocket-extensions: " + handshake.deflate.answer)
     own_names = set()
     for name, value in own:
         lines.append(name + b": " + value)

@@ -30,6 +30,7 @@ from channel_layer.enums import quick
 from channel_layer.frames import Outcome
 from interface_server.client import Refusal
 from interface_server.protocol.actions import End, Output
+from interface_server.protocol.deflate import Deflate
 from interface_server.protocol.http_exchange import HttpExchange
 from interface_server.protocol.websocket_frames import (
     PONG,
@@ -241,12 +242,22 @@ class Answers(Protocol):
 class WebSocketSession:
     """Decides what happens on one WebSocket. Each method takes one input and returns the actions it asks for."""
 
-    __slots__ = ("_answers", "_exchange", "_handshake", "close_code", "dropped_count", "late_count", "state")
+    __slots__ = (
+        "_answers",
+        "_exchange",
+        "_handshake",
+        "close_code",
+        "deflate",
+        "dropped_count",
+        "late_count",
+        "state",
+    )
 
     def __init__(self, handshake: Handshake, *, answers: Answers) -> None:
         self.state = State.CONNECTING
         self._handshake: Handshake | None = handshake  # until it is answered
         self._answers = answers
+        self.deflate: Deflate | None = None  # how messages are compressed; None: they are not, or it is not open yet
         self._exchange: HttpExchange | None = None  # in REFUSING
         self.close_code: int | None = None  # what the application was told; None until then, and before an accept
         self.dropped_count = 0  # events that did not fit the state, or were malformed
@@ -278,7 +289,8 @@ class WebSocketSession:
         if kind is Input.SEND and state is State.OPEN:
             message = read_message(event)
             if message is not None:
-                return (Write(build_frame(*message)),)
+                build = build_frame if self.deflate is None else self.deflate.build_message
+                return (Write(build(*message)),)
         elif kind is Input.CLOSE:
             if state is State.CONNECTING:
                 return self._refuse(403)
@@ -405,6 +417,7 @@ class WebSocketSession:
         except InvalidAccept as error:
             self.state = State.CLOSED
             return (Report(str(error)), *self._refuse(500))
+        self.deflate = self._handshake.deflate
         self._handshake = None
         return (*map(Write, answer), Opened())
 

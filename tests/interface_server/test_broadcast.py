@@ -5,6 +5,7 @@ from collections import deque
 import pytest
 
 from interface_server.broadcast import Broadcast, BroadcastMemory, FanOut
+from interface_server.protocol.deflate import Deflate
 from interface_server.protocol.websocket_frames import BINARY, TEXT, build_frame
 
 
@@ -21,6 +22,16 @@ def test_the_frame_is_built_once():
     assert broadcast.frame is broadcast.frame
     assert (broadcast.opcode, broadcast.payload, broadcast.held_bytes) == (TEXT, "hällo".encode(), 64)
     assert Broadcast({"type": "websocket.send", "text": "x" * 65}).held_bytes == 65
+
+
+def test_the_frame_is_compressed_once_for_each_window():
+    nine, twelve = (Deflate(bits, 15, b"") for bits in (9, 12))
+    broadcast = message("hällo" * 200)
+    assert broadcast.compressed_frame(nine) == nine.build_message(TEXT, broadcast.payload)
+    assert broadcast.compressed_frame(nine) is broadcast.compressed_frame(Deflate(9, 10, b"another client"))
+    assert broadcast.compressed_frame(twelve) is not broadcast.compressed_frame(nine)
+    assert broadcast.compressed_frame(nine)[0] == 0xC1
+    assert broadcast.frame[0] == 0x81
 
 
 def test_binary_and_empty_messages():

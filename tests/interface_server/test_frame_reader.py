@@ -1,6 +1,7 @@
 """Reading frames: whole, byte by byte, in pieces and with pauses, right and wrong ones."""
 
 import time
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ MESSAGE_BYTES_MAX = 100_000
 class Recorder:
     """Writes down what a reader calls; ``pause_after`` pauses it after so many messages."""
 
-    def __init__(self, *, pause_after=None, message_bytes_max=MESSAGE_BYTES_MAX):
+    def __init__(self, *, pause_after=None, message_bytes_max=MESSAGE_BYTES_MAX, window_bits=None):
         self.calls = []
         self.pause_after = pause_after
         self.reader = FrameReader(
@@ -24,6 +25,7 @@ class Recorder:
             close_frame=lambda payload: self.calls.append(("close", payload)),
             fault=lambda code, reason: self.calls.append(("fault", code)),
             message_bytes_max=message_bytes_max,
+            window_bits=window_bits,
         )
 
     def message(self, payload):
@@ -129,6 +131,128 @@ def test_faults_are_found_once_and_nothing_behind_them_is_read(name, step):
     before = client_frame(1, b"before")
     behind = client_frame(1, b"behind") + client_close(1000) + client_frame(3)
     assert read(before + data + behind, step=step) == ["before", ("fault", code)]
+
+
+def compress(payload, bits=12):
+    deflater = zlib.compressobj(6, zlib.DEFLATED, -bits)
+    return (deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+def compressed_frame(opcode, payload, **arguments):
+    return client_frame(opcode, compress(payload), rsv=4, **arguments)
+
+
+def cut(opcode, payload, at, *, rsv=4):
+    """One message in two fragments."""
+    return client_frame(opcode, payload[:at], rsv=rsv, fin=False) + client_frame(0, payload[at:])
+
+
+NOISE = bytes((i * i * 7919 >> 5) & 0xFF for i in range(90_000))
+GOOD_COMPRESSED = {
+    "text": (compressed_frame(1, "hällo".encode()), ["hällo"]),
+    "binary": (compressed_frame(2, b"\0\xff" * 500), [b"\0\xff" * 500]),
+    "empty": (compressed_frame(1, b"") + client_frame(2, b"", rsv=4), ["", b""]),
+    "not compressed": (client_frame(1, b"abc"), ["abc"]),
+    "one after the other": (
+        compressed_frame(1, b"a") + client_frame(1, b"b") + compressed_frame(1, b"c"),
+        ["a", "b", "c"],
+    ),
+    "what does not get smaller": (compressed_frame(2, NOISE), [NOISE]),
+    "the greatest size": (compressed_frame(2, bytes(MESSAGE_BYTES_MAX)), [bytes(MESSAGE_BYTES_MAX)]),
+    "fragments": (cut(1, compress("hällo".encode() * 100), 5), ["hällo" * 100]),
+    "fragments of nothing": (cut(1, compress("hällo".encode()), 0), ["hällo"]),
+    "the last fragment empty": (cut(1, compress("hällo".encode()), 99), ["hällo"]),
+    "a ping between fragments": (
+        client_frame(1, compress(b"abc")[:2], rsv=4, fin=False)
+        + client_frame(9, b"p")
+        + client_frame(0, compress(b"abc")[2:]),
+        [("ping", b"p"), "abc"],
+    ),
+    "plain fragments": (cut(1, b"abc", 1, rsv=0), ["abc"]),
+}
+BAD_COMPRESSED = {
+    "rsv1 in a continuation": (
+        client_frame(1, b"a", fin=False) + client_frame(0, b"b", rsv=4),
+        1002,
+    ),
+    "rsv1 in a ping": (client_frame(9, b"a", rsv=4), 1002),
+    "rsv2": (client_frame(1, b"a", rsv=2), 1002),
+    "rsv1 and rsv2": (client_frame(1, compress(b"a"), rsv=6), 1002),
+    "not masked": (client_frame(1, compress(b"a"), rsv=4, mask=None), 1002),
+    "not DEFLATE": (client_frame(1, b"\xff\xff", rsv=4), 1007),
+    "not DEFLATE in fragments": (cut(1, b"\xff\xff" * 9, 4), 1007),
+    "cut off": (client_frame(2, compress(b"hello")[:-3], rsv=4), 1007),
+    "cut off in fragments": (cut(2, compress(b"hello")[:-3], 2), 1007),
+    "not UTF-8": (compressed_frame(1, b"a\xff"), 1007),
+    "not UTF-8 in fragments": (cut(1, compress(b"a" * 500 + b"\xff" + b"b" * 500), 9), 1007),
+    "half a character": (compressed_frame(1, b"a\xc3"), 1007),
+    "half a character in fragments": (cut(1, compress(b"a\xc3"), 2), 1007),
+    "too large": (compressed_frame(2, bytes(MESSAGE_BYTES_MAX + 1)), 1009),
+    "too large in fragments": (cut(2, compress(bytes(MESSAGE_BYTES_MAX + 1)), 30), 1009),
+    "too large by its head alone": (client_frame(2, rsv=4, length=2**62), 1009),
+    "empty blocks without end": (client_frame(2, b"\0\0\0\xff\xff" * 50_000, rsv=4), 1009),
+}
+
+
+@pytest.mark.parametrize("step", [None, 1, 2, 7, 5000])
+@pytest.mark.parametrize("name", GOOD_COMPRESSED)
+def test_compressed_messages_are_read(name, step):
+    data, expected = GOOD_COMPRESSED[name]
+    assert read(data * 2, step=step, window_bits=12) == expected * 2
+
+
+@pytest.mark.parametrize("step", [None, 1, 2, 7, 5000])
+@pytest.mark.parametrize("name", BAD_COMPRESSED)
+def test_faults_of_compressed_messages_are_found_once(name, step):
+    data, code = BAD_COMPRESSED[name]
+    behind = compressed_frame(1, b"behind") + client_close(1000)
+    assert read(client_frame(1, b"a") + data + behind, step=step, window_bits=12) == ["a", ("fault", code)]
+
+
+def test_a_bomb_in_fragments_costs_no_more_than_the_limit():
+    bomb = compress(bytes(100_000_000))
+    data = client_frame(2, bomb[:50_000], rsv=4, fin=False) + client_frame(0, bomb[50_000:])
+    recorder = Recorder(window_bits=12)
+    start = time.process_time()
+    recorder.reader.feed(data)
+    assert recorder.calls == [("fault", 1009)]
+    assert time.process_time() - start < 0.05  # all of it: a quarter of a second
+
+
+def test_pauses_between_compressed_messages_hold():
+    recorder = Recorder(pause_after=1, window_bits=12)
+    recorder.reader.feed(compressed_frame(1, b"a") + cut(1, compress(b"b"), 2) + compressed_frame(1, b"c"))
+    assert recorder.calls == ["a"]
+    recorder.reader.resume()
+    assert recorder.calls == ["a", "b"]
+    recorder.reader.resume()
+    assert recorder.calls == ["a", "b", "c"]
+
+
+def test_what_is_fed_from_within_a_call_comes_behind():
+    """A client_connection that answers at once may bring more bytes before the reader is done."""
+    calls = []
+
+    def message(text):
+        calls.append(text)
+        if text == "a":
+            reader.feed(client_frame(1, b"c") + client_frame(9, b"p"))
+
+    reader = FrameReader(
+        message=message, ping=calls.append, close_frame=calls.append, fault=None, message_bytes_max=1000
+    )
+    reader.feed(client_frame(1, b"a") + client_frame(1, b"b"))
+    assert calls == ["a", "b", "c", b"p"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 125, 126, 1023, 1024, 1025, 65_535, 65_536])
+def test_the_short_way_and_autobahn_read_the_same(size):
+    """Fragments are read by Autobahn, whole messages by the short way."""
+    payload = bytes(index * 7 & 0x7F for index in range(size))
+    for opcode in (1, 2):
+        frames = client_frame(opcode, payload, mask=b"\x81\x02\xf3\x04")
+        fragments = client_frame(opcode, payload, fin=False) + client_frame(0, b"")
+        assert read(frames * 3) == read(fragments * 3) == [payload.decode() if opcode == 1 else payload] * 3
 
 
 def test_a_message_of_the_greatest_size_is_taken():

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import zlib
 from contextlib import asynccontextmanager
 
 import msgpack
@@ -310,6 +311,63 @@ def test_a_broadcast_is_one_bytes_object_for_all():
         world.client.send_broadcast(broadcast)
     assert written[0] == build_frame(TEXT, b"hello")
     assert written[0] is written[1]
+
+
+DEFLATE = build_head(extra=[(b"sec-websocket-extensions", b"permessage-deflate; client_max_window_bits")])
+
+
+def compressing(**changes):
+    world = World(head=DEFLATE, ws_per_message_deflate=True, **changes)
+    assert b"sec-websocket-extensions: permessage-deflate; server_no_context" in world.accept()
+    return world
+
+
+def deflated_frame(opcode, payload, **arguments):
+    deflater = zlib.compressobj(wbits=-12)
+    compressed = (deflater.compress(payload) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-4]
+    return client_frame(opcode, compressed, rsv=4, **arguments)
+
+
+def test_messages_are_compressed_both_ways():
+    world = compressing()
+    world.client.data_received(
+        deflated_frame(1, b"hello") + client_frame(1, b"plain") + deflated_frame(2, b"x" * 999)
+    )
+    assert world.events() == ["hello", "plain", b"x" * 999]
+    world.connection.send({"type": "websocket.send", "text": "x" * 999})
+    frame = world.transport.take()
+    assert frame[0] == 0xC1
+    assert zlib.decompressobj(wbits=-12).decompress(frame[2:] + b"\0\0\xff\xff") == b"x" * 999
+    world.connection.send({"type": "websocket.send", "text": "small"})
+    assert world.transport.take() == build_frame(TEXT, b"small")
+
+
+def test_nothing_is_compressed_without_the_flag():
+    world = World(head=DEFLATE)
+    assert b"extensions" not in world.accept()
+    world.client.send_broadcast(Broadcast({"type": "websocket.send", "text": "x" * 999}))
+    assert world.transport.take()[0] == 0x81
+    world.client.data_received(deflated_frame(1, b"hello"))
+    assert world.disconnect == (1002, "RSV = 4 and no extension negotiated")
+
+
+def test_a_compressed_broadcast_is_one_bytes_object_for_all():
+    broadcast = Broadcast({"type": "websocket.send", "text": "x" * 999})
+    written = []
+    for _ in range(2):
+        world = compressing()
+        world.transport.write = written.append
+        world.client.send_broadcast(broadcast)
+    assert written[0] is written[1]
+    assert written[0][0] == 0xC1
+
+
+def test_a_message_that_inflates_beyond_the_limit_is_a_1009():
+    world = compressing(ws_max_size_bytes=1000)
+    world.client.data_received(deflated_frame(2, bytes(1000)))
+    assert world.events() == [bytes(1000)]
+    world.client.data_received(deflated_frame(2, bytes(1001)))
+    assert world.disconnect == (1009, "message larger than 1000 bytes")
 
 
 def test_a_broadcast_behind_the_close_is_not_written():

@@ -212,10 +212,21 @@ def websocket_head(*headers: tuple[bytes, bytes]) -> RequestHead:
 def test_the_handshake_needs_no_key() -> None:
     handshake = read_extended_connect(websocket_head((b"sec-websocket-protocol", b"a, b")))
     assert handshake.subprotocols == ["a", "b"]
+    assert handshake.deflate is None
     (accept,) = Http2Answers(HEADERS).accept(handshake, subprotocol="b", headers=[(b"X", b"1")])
     assert accept == Fields([(b":status", b"200"), (b"sec-websocket-protocol", b"b"), (b"x", b"1"), SERVER], False)
     with pytest.raises(InvalidAccept):
         Http2Answers(HEADERS).accept(handshake, subprotocol="c", headers=())
+
+
+def test_compression_is_agreed_on_as_in_http1() -> None:
+    head = websocket_head((b"sec-websocket-extensions", b"permessage-deflate; server_max_window_bits=10"))
+    assert read_extended_connect(head).deflate is None
+    handshake = read_extended_connect(head, may_deflate=True)
+    assert handshake.deflate is not None
+    (accept,) = Http2Answers(HEADERS).accept(handshake, subprotocol=None, headers=())
+    extension = (b"sec-websocket-extensions", handshake.deflate.answer)
+    assert accept == Fields([(b":status", b"200"), extension, SERVER], False)
 
 
 @pytest.mark.parametrize("versions", [[], [b"8"], [b"13", b"13"]])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from interface_server.protocol.deflate import negotiate
 from interface_server.protocol.websocket_handshake import (
     Handshake,
     HandshakeFault,
@@ -72,7 +73,7 @@ def test_is_a_plain_request(head):
 
 def test_a_good_one():
     handshake = read_handshake(build_head())
-    assert handshake == Handshake(accept=ACCEPT, subprotocols=[], extensions=())
+    assert handshake == Handshake(accept=ACCEPT, subprotocols=[], deflate=None)
 
 
 @pytest.mark.parametrize(
@@ -91,9 +92,21 @@ def test_subprotocols_are_read_in_order_and_once(lines, expected):
     assert read_handshake(changed(b"sec-websocket-protocol", *lines)).subprotocols == expected
 
 
-def test_extensions_are_kept_as_they_are():
-    head = changed(b"sec-websocket-extensions", b"permessage-deflate; client_max_window_bits", b"x")
-    assert read_handshake(head).extensions == (b"permessage-deflate; client_max_window_bits", b"x")
+def test_compression_is_agreed_on_where_it_is_on():
+    head = changed(b"sec-websocket-extensions", b"x", b"permessage-deflate; client_max_window_bits")
+    assert read_handshake(head).deflate is None
+    assert read_handshake(head, may_deflate=True).deflate == negotiate(
+        [b"permessage-deflate; client_max_window_bits"]
+    )
+    assert read_handshake(build_head(), may_deflate=True).deflate is None
+
+
+def test_malformed_extensions_are_a_fault_only_for_who_reads_them():
+    head = changed(b"sec-websocket-extensions", b"permessage-deflate; client_max_window_bits=")
+    assert read_handshake(head).deflate is None
+    with pytest.raises(HandshakeFault, match="Sec-WebSocket-Extensions") as caught:
+        read_handshake(head, may_deflate=True)
+    assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("values", [[], [b"8"], [b"12"], [b"013"], [b"13, 8"], [b"13", b"13"], [b""], [b"\xb2"]])
@@ -177,15 +190,16 @@ def test_accept():
 
 
 def test_accept_with_everything():
+    deflate = negotiate([b"permessage-deflate"])
     _, headers, _ = accept(
+        Handshake(accept=ACCEPT, subprotocols=["chat", "superchat"], deflate=deflate),
         subprotocol="superchat",
         headers=[[b"X-B", b"1"], (b"x-a", b""), (b"x-b", b"2"), (b"server", b"mine")],
         server_headers=[(b"date", b"now"), (b"server", b"ours")],
-        extension=b"permessage-deflate",
     )
     assert headers[3:] == [
         (b"sec-websocket-protocol", b"superchat"),
-        (b"sec-websocket-extensions", b"permessage-deflate"),
+        (b"sec-websocket-extensions", deflate.answer),
         (b"X-B", b"1"),
         (b"x-a", b""),
         (b"x-b", b"2"),

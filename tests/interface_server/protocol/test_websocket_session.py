@@ -4,10 +4,11 @@ import pytest
 
 from channel_layer.frames import Outcome
 from interface_server.client import Refusal
+from interface_server.protocol.deflate import negotiate
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.protocol.websocket_answers import Http1Answers
 from interface_server.protocol.websocket_frames import PONG, TEXT, build_close, build_frame
-from interface_server.protocol.websocket_handshake import read_handshake
+from interface_server.protocol.websocket_handshake import Handshake, read_handshake
 from interface_server.protocol.websocket_session import (
     TRANSITIONS,
     Abort,
@@ -285,6 +286,21 @@ def test_unknown_events_are_dropped_and_counted(event):
     session = build_session(State.OPEN)
     assert list(session.application_event(event)) == []
     assert session.dropped_count == 1
+
+
+def test_sends_are_compressed_where_it_is_agreed():
+    deflate = negotiate([b"permessage-deflate"])
+    handshake = Handshake(accept=ACCEPT, subprotocols=[], deflate=deflate)
+    session = WebSocketSession(handshake, answers=Http1Answers(ServerHeaders(date=False, server=True, clock=float)))
+    assert session.deflate is None
+    answer, _ = session.application_event({"type": "websocket.accept"})
+    assert b"\r\nsec-websocket-extensions: " + deflate.answer + b"\r\n" in answer.data
+    assert session.deflate is deflate
+    (large,) = session.application_event({"type": "websocket.send", "text": "abc" * 1000})
+    assert large == Write(deflate.build_message(TEXT, b"abc" * 1000))
+    assert large.data[0] == 0xC1
+    (small,) = session.application_event({"type": "websocket.send", "text": "abc"})
+    assert small == Write(build_frame(TEXT, b"abc"))
 
 
 def test_broadcasts_are_let_through_only_while_open():
