@@ -85,6 +85,7 @@ class InterfaceSettings:
     ws_max_size_bytes: int = 16 * 1024 * 1024  # a larger message of a client: close 1009
     ws_ping_interval_s: float = 20.0  # 0: no pings
     ws_ping_timeout_s: float = 20.0  # no answer in time: the connection is dropped (1006); 0: wait for ever
+    ws_per_message_deflate: bool = False  # compress messages with clients that offer it (RFC 7692)
     ws_handshake_timeout_s: float = 30.0  # neither accept nor close by then: 504
     ws_close_timeout_s: float = 5.0  # the closing handshake; then the socket is dropped
 

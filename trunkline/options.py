@@ -306,6 +306,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
         metavar="S",
         field="ws_ping_timeout_s",
         help="close the connection if a ping is not answered in this time (20; 0: never)",
+    Option(
+        flag="ws-per-message-deflate",
+        commands=SOCKETS,
+        convert=None,
+        help="compress WebSocket messages of 256 bytes and more, with clients that offer it (off)",
+    ),
     ),
     Option(
         flag="ws-handshake-timeout",
