@@ -33,13 +33,22 @@ changed its owner, from 1). Frames are encoded once, when they are queued, and j
     GROUP_DISCARD   both                  connection, epoch, request, group
     GROUP_ANSWER    both                  request, done               the answer to the two above
     BYE             both                                              nothing follows; in sequence
+    STATE           worker -> interface   connection, epoch, received, flags, state    a checkpoint of the application
+                                                                      that had received so many messages
+                                                                      (STATE_NOTIFY, STATE_COMMIT; state as bytes)
+    RELEASE         worker -> interface   connection, epoch           the application stands still, its last state
+                                                                      covers all it received: move it if you can
+    RELEASED        interface -> worker   connection, epoch, moved    True: it is not yours any more; False: go on
+    ADOPT           interface -> worker   connection, epoch, opening, state, carried     GRANT where another worker
+                                                                      was owner: first opening, last state (or b""),
+                                                                      bytes of events that the client has yet to take
     ANSWER          worker -> interface   connection, epoch, status, headers, body     I took the opening of a safe
                                                                       request, and this is all of the response: CLAIM,
                                                                       its events and END in one, never answered
 
-Kinds 32-47 belong to hand-over (SUSPEND … ADOPTED); a receiver answers a kind that it does not know with
-nothing and counts it. To add a frame: a number here, a build_ function, a row above, and its reader in
-interface_server/connections.py or worker/.
+Kinds 32-47 belong to hand-over (docs/handover.md). A CLAIM with a fourth field, True, takes ADOPT for an answer. A
+receiver answers a kind that it does not know with nothing and counts it. To add a frame: a number here, a build_
+function, a row above, and its reader in interface_server/connections.py or worker/.
 """
 
 from __future__ import annotations
@@ -54,12 +63,15 @@ from channel_layer.enums import quick
 from channel_layer.errors import WireError, repr_short
 
 __all__ = [
+    "STATE_COMMIT",
+    "STATE_NOTIFY",
     "WIRE_VERSION",
     "Blob",
     "BlobKind",
     "Frame",
     "FrameKind",
     "Outcome",
+    "build_adopt",
     "build_answer",
     "build_blob",
     "build_bye",
@@ -78,10 +90,17 @@ __all__ = [
     "build_last",
     "build_piece",
     "build_receiving",
+    "build_release",
+    "build_released",
+    "build_state",
     "decode_blob",
 ]
 
 WIRE_VERSION: Final = 1
+
+# Flags of STATE; a receiver ignores those that it does not know.
+STATE_NOTIFY: Final = 1
+STATE_COMMIT: Final = 2
 
 # A decoded frame: its kind, then the fields of the table above. A list because that is what msgpack makes,
 # and because the frames of a busy process are not worth an object each.
@@ -117,14 +136,11 @@ class FrameKind(IntEnum):
     GROUP_ANSWER = 15
     BYE = 16
     ANSWER = 17
-    # Hand-over; reserved, not sent by this release.
-    SUSPEND = 32
-    SUSPENDED = 33
-    RELEASE = 34
+    # Hand-over.
+    STATE = 32
+    RELEASE = 33
+    RELEASED = 34
     ADOPT = 35
-    ADOPTED = 36
-    STATE = 37
-    STATE_STORED = 38
 
 
 @quick
@@ -168,6 +184,10 @@ _FIELDS: Final[dict[int, tuple[type, ...]]] = {
     FrameKind.GROUP_DISCARD: (int, int, int, str),
     FrameKind.GROUP_ANSWER: (int, bool),
     FrameKind.BYE: (),
+    FrameKind.STATE: (int, int, int, int, bytes),
+    FrameKind.RELEASE: (int, int),
+    FrameKind.RELEASED: (int, int, bool),
+    FrameKind.ADOPT: (int, int, bytes, bytes, int),
     FrameKind.ANSWER: (int, int, int, list, bytes),
 }
 # The same, by the types of a whole frame: one look-up instead of a loop over the fields of each frame.
@@ -243,8 +263,9 @@ def build_answer(connection: int, epoch: int, status: int, headers: Sequence[Seq
     return _pack([17, connection, epoch, status, headers, body])
 
 
-def build_claim(connection: int, epoch: int) -> bytes:
-    return _pack([int(FrameKind.CLAIM), connection, epoch])
+def build_claim(connection: int, epoch: int, *, adopts: bool = False) -> bytes:
+    """``adopts``: the claim of a connection that had an owner, by a worker that knows ADOPT."""
+    return _pack([int(FrameKind.CLAIM), connection, epoch, *((True,) if adopts else ())])
 
 
 def build_grant(connection: int, epoch: int) -> bytes:
@@ -301,6 +322,22 @@ def build_group_discard(connection: int, epoch: int, request: int, group: str) -
 
 def build_group_answer(request: int, done: bool) -> bytes:
     return _pack([int(FrameKind.GROUP_ANSWER), request, done])
+
+
+def build_state(connection: int, epoch: int, received: int, flags: int, state: bytes) -> bytes:
+    return _pack([int(FrameKind.STATE), connection, epoch, received, flags, state])
+
+
+def build_release(connection: int, epoch: int) -> bytes:
+    return _pack([int(FrameKind.RELEASE), connection, epoch])
+
+
+def build_released(connection: int, epoch: int, moved: bool) -> bytes:
+    return _pack([int(FrameKind.RELEASED), connection, epoch, moved])
+
+
+def build_adopt(connection: int, epoch: int, opening: bytes, state: bytes, carried_bytes: int) -> bytes:
+    return _pack([int(FrameKind.ADOPT), connection, epoch, opening, state, carried_bytes])
 
 
 def build_bye() -> bytes:

@@ -10,9 +10,15 @@ the broker (connections.py), bytes and sockets (http1.py, websocket.py), credit 
                     PARKED, PUSHING, WAITING --CLAIM--> OWNED --client gone, exchange over--> LEAVING
                                     |                   |                                        |
                          refused, client gone           +--END, worker lost--> ENDING            |
-                                    |                                            |               |
-                                    v            all delivered, client gone      v               v  END, worker lost
-                                   OVER <----------------------------------------+---------------+
+                                    |                   |                        |               |
+                                    v                   |  all delivered, client gone            v  END, worker lost
+                                   OVER <---------------|------------------------+---------------+
+                                    ^                   +--worker lost, RELEASE--> MOVING --its turn--> PUSHING
+                                    +--------------------- no taker, client gone -----+
+
+An owner that is lost before it has answered anything may be followed by another one at once (OWNED to PUSHING): the
+opening is sent again. A WebSocket that is handed over goes through MOVING, where it waits for its turn (moves.py);
+its checkpoint and the messages behind it are in a ``Handover`` (handover.py). Each owner has an epoch of its own.
 
 In LEAVING the instance still runs (cleaning up): the connection stays known, so that its frames are not answered
 with CLOSED, but it owns nothing any more, neither a client nor memberships. In ENDING the instance is over and
@@ -26,7 +32,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from enum import Enum, IntEnum
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
@@ -35,8 +42,18 @@ from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import FlowControlError, IncomingEvents, OutgoingEvents
 from channel_layer.enums import quick
 from channel_layer.errors import WireError
-from channel_layer.frames import FrameKind, Outcome, build_closed, build_gone, build_grant
+from channel_layer.frames import (
+    STATE_COMMIT,
+    FrameKind,
+    Outcome,
+    build_adopt,
+    build_closed,
+    build_gone,
+    build_grant,
+)
+from channel_layer.openings import Opening, decode_opening, encode_opening
 from interface_server.client import Client, Refusal
+from interface_server.handover import Handover, HandoverMode, Loss, NextStep, decide_after_loss, decide_after_refusal
 
 if TYPE_CHECKING:
     from interface_server.broadcast import Broadcast
@@ -54,6 +71,7 @@ UNCLAIMED_BYTES_MAX: Final = 64 * 1024
 @quick
 class State(Enum):
     PARKED = "waits for the broker"
+    MOVING = "lost its worker, waits for its turn to look for another"
     PUSHING = "the opening is being stored"
     WAITING = "waits for a worker"
     OWNED = "a worker has it"
@@ -62,14 +80,16 @@ class State(Enum):
     OVER = "nobody has it"
 
 
-_UNCLAIMED: Final = frozenset({State.PARKED, State.PUSHING, State.WAITING})
+_UNCLAIMED: Final = frozenset({State.PARKED, State.MOVING, State.PUSHING, State.WAITING})
 
 TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     State.PARKED: frozenset({State.PUSHING, State.OWNED, State.OVER}),
     # WAITING to PUSHING: lost, sent again. A lost opening may be claimed all the same, in any of the three.
-    State.PUSHING: frozenset({State.PARKED, State.WAITING, State.OWNED, State.OVER}),
-    State.WAITING: frozenset({State.PUSHING, State.OWNED, State.OVER}),
-    State.OWNED: frozenset({State.LEAVING, State.ENDING, State.OVER}),
+    # To MOVING: the broker did not take the opening of one that is handed over.
+    State.PUSHING: frozenset({State.PARKED, State.MOVING, State.WAITING, State.OWNED, State.OVER}),
+    State.WAITING: frozenset({State.PUSHING, State.MOVING, State.OWNED, State.OVER}),
+    State.OWNED: frozenset({State.LEAVING, State.ENDING, State.OVER, State.MOVING, State.PARKED, State.PUSHING}),
+    State.MOVING: frozenset({State.PUSHING, State.OWNED, State.OVER}),
     State.LEAVING: frozenset({State.OVER}),
     State.ENDING: frozenset({State.OVER}),
     State.OVER: frozenset(),
@@ -102,9 +122,14 @@ class ClientConnection:
         "_delivering",
         "_early",
         "_flush_wanted",
+        "_handover",
         "_hub",
         "_incoming",
         "_instance_is_done",
+        "_is_answered",
+        "_is_repeatable",
+        "_loss",
+        "_offered_count",
         "_outgoing",
         "_paused",
         "_queue",
@@ -132,7 +157,9 @@ class ClientConnection:
         protocol: str,
         channel: str,
         window_bytes: int,
+        is_repeatable: bool = False,
     ) -> None:
+        """``is_repeatable``: the opening may run twice, and with it goes the whole request."""
         self.number = number
         self.reply_channel = reply_channel
         self.protocol = protocol
@@ -140,7 +167,14 @@ class ClientConnection:
         self.epoch = 1  # how often it got an owner; fences the frames of earlier ones
         self.state = State.PARKED
         self.peer: str | None = None  # process id of the worker that owns it
-        self.opening: bytes | None = None  # kept until it is claimed: it may have to be sent again
+        # Kept while it may have to be sent again: until it is claimed; until something was answered, if it is
+        # repeatable; of a WebSocket to the end, for the next owner's scope (unless --handover never).
+        self.opening: bytes | None = None
+        self._is_repeatable = is_repeatable
+        self._is_answered = False  # an event of an instance has arrived
+        self._loss: Loss | None = None  # set when it first loses an owner
+        self._handover: Handover | None = None  # see there; None for nearly all connections
+        self._offered_count = 0  # messages for this owner: events behind the first
         self._hub = hub
         self._client: Client | None = client  # None in LEAVING and OVER
         self._outgoing = OutgoingEvents(number, self.epoch, window_bytes)
@@ -202,6 +236,11 @@ class ClientConnection:
     # Called by Connections: the application side
 
     @property
+    def is_moving(self) -> bool:
+        """True from the loss of one owner to the accept of the next one."""
+        return self._handover is not None and self._handover.awaits_accept
+
+    @property
     def is_unclaimed(self) -> bool:
         return self.state in _UNCLAIMED
 
@@ -228,8 +267,12 @@ class ClientConnection:
         """The first claim for this epoch came from ``peer``: it owns the connection now."""
         self.move(State.OWNED)
         self.peer = peer
-        self.opening = None
-        self._hub.layer.link_send(peer, build_grant(self.number, self.epoch))
+        if self.is_moving:
+            self._hub.layer.link_send(peer, self._build_adopt())
+        else:
+            if not self._is_repeatable:
+                self.opening = None
+            self._hub.layer.link_send(peer, build_grant(self.number, self.epoch))
         if not self._outgoing.is_empty:
             self.flush()
 
@@ -262,6 +305,9 @@ class ClientConnection:
         if self.state is State.ENDING:
             return  # nobody receives any more
         self._outgoing.offer(encoded)
+        self._offered_count += 1
+        if self._handover is not None:
+            self._handover.offered(encoded)
         self.flush()
 
     def flush(self) -> None:
@@ -294,6 +340,8 @@ class ClientConnection:
         except FlowControlError as error:
             self._abandon(error)
             return
+        if self._handover is not None:
+            self._handover.credited(self._outgoing.credited_bytes)
         if not self._outgoing.is_empty or self._reading_paused:
             self.flush()
 
@@ -304,7 +352,11 @@ class ClientConnection:
         except FlowControlError as error:
             self._abandon(error)
             return
-        if complete is None:
+        if not self._is_answered and complete is not None:
+            self._first_answer()
+        if self._handover is not None and self._handover.takes_events:
+            self._handover_event(self._handover, complete)
+        elif complete is None:
             self._send_credit(self._incoming.credit_frame())
         elif self._client is None:
             self._return_credit(complete[1])  # for an instance that sends on; it must not wait for ever
@@ -323,6 +375,13 @@ class ClientConnection:
 
     def ended(self, verdict: Outcome | Refusal) -> None:
         """The instance is over, or its worker is; the client is told behind everything that has arrived."""
+        if self._handover is not None and self._client is not None:
+            if isinstance(verdict, Outcome) and self._handover.awaits_accept:
+                verdict = Refusal.NOT_ADOPTED
+            elif isinstance(verdict, Outcome):
+                self._deliver_held(self._handover.ended(verdict))
+            if self.state is not State.OWNED:
+                return  # the last of these events ended it
         if self._queue is None or self._client is None:
             self.conclude(verdict)
         else:
@@ -371,8 +430,186 @@ class ClientConnection:
         if self._client is None:
             self._return_credit(complete[1])
             return False
+        if self._handover is not None and self._handover.takes_events:
+            self._handover_event(self._handover, complete)
+            return False
         shared = event if broadcast is None or not self._accepting else broadcast
         return self._queue_item((_Held.SHARED, shared, complete[1]))
+
+    # Called by Connections: from one owner to the next
+
+    def state_received(self, received: int, flags: int, state: bytes) -> None:
+        """The owner stored a checkpoint."""
+        if self.protocol != "websocket" or self._client is None or not self._accepting:
+            return  # the client is gone; or the refusal of a WebSocket is under way
+        handover = self._handover
+        if handover is None:
+            if self._hub.handover_mode is HandoverMode.NEVER:
+                return
+            handover = self._handover = Handover(
+                window_bytes=self._hub.settings.window_bytes,
+                offered_count=self._offered_count,
+                offered_bytes=self._outgoing.offered_bytes,
+            )
+        if handover.awaits_accept:
+            return  # not the owner yet: it has accepted nothing
+        try:
+            leaving = handover.checkpoint(received, state, is_commit=bool(flags & STATE_COMMIT))
+        except FlowControlError as error:
+            self._abandon(error)
+            return
+        self._deliver_held(leaving)
+
+    def release_requested(self) -> bool:
+        """The owner stands still: True if another one may go on."""
+        return self._client is not None and self._is_movable() and not self.is_moving
+
+    def decide_after_loss(self, now: float) -> NextStep:
+        """The owner is dead: what becomes of this connection. To be carried out at once."""
+        if self._loss is None:
+            self._loss = Loss()
+        return decide_after_loss(
+            self._loss,
+            now,
+            is_answered=self._is_answered,
+            is_repeatable=self._is_repeatable and self.opening is not None,
+            is_movable=self._is_movable(),
+        )
+
+    def decide_after_refusal(self) -> NextStep:
+        """The owner gave it back: what becomes of this connection. To be carried out at once."""
+        if self._loss is None:
+            self._loss = Loss()
+        return decide_after_refusal(
+            self._loss,
+            is_answered=self._is_answered,
+            is_repeatable=self._is_repeatable and self.opening is not None,
+        )
+
+    def count_refusal(self) -> int:
+        """A worker took it and gave it back: how many did so by now."""
+        assert self._handover is not None
+        self._handover.try_count += 1
+        return self._handover.try_count
+
+    def disown(self, state: State) -> str:
+        """Begin the next epoch, with ``state``; return the former owner. Call ``opening_to_store`` next."""
+        peer = self.peer
+        assert peer is not None
+        self.move(state)
+        self.peer = None
+        self.epoch += 1
+        unsent = self._outgoing.unsent()
+        window_bytes = self._hub.settings.window_bytes
+        # What the client has yet to take of the former owner counts within the window of the next one.
+        self._incoming = IncomingEvents(self.number, self.epoch, window_bytes, carried_bytes=self._carried_bytes())
+        self._outgoing = OutgoingEvents(self.number, self.epoch, window_bytes)
+        if state is State.MOVING:
+            if self._handover is None:
+                self._handover = Handover(window_bytes=window_bytes, offered_count=0, offered_bytes=0)
+                for encoded in unsent:
+                    self._handover.offered(encoded)
+            unsent = self._handover.begin_epoch()
+        else:
+            assert self.opening is not None
+            opening = replace(decode_opening(self.opening), epoch=self.epoch)
+            self.opening = encode_opening(opening)
+            if opening.first_event is not None:
+                self.count_first_event(opening.first_event)
+        for encoded in unsent:
+            self._outgoing.offer(encoded)
+        self._offered_count = len(unsent)
+        self.flush()
+        return peer
+
+    def opening_to_store(self) -> bytes:
+        """What is to go to the queue: the opening, or the short one of a connection that is handed over."""
+        if not self.is_moving:
+            assert self.opening is not None
+            return self.opening
+        return encode_opening(
+            Opening(
+                interface=self._hub.layer.process_id,
+                connection=self.number,
+                epoch=self.epoch,
+                reply_channel=self.reply_channel,
+                scope={"type": self.protocol},
+                first_event=None,
+                window_bytes=self._hub.settings.window_bytes,
+                is_handover=True,
+            )
+        )
+
+    def _is_movable(self) -> bool:
+        if not self._accepting or self.opening is None or self.protocol != "websocket":
+            return False
+        handover = self._handover
+        if handover is None or handover.state is None:
+            return self._hub.handover_mode is HandoverMode.ALWAYS
+        return handover.is_movable
+
+    def _carried_bytes(self) -> int:
+        queue = self._queue or ()
+        return sum(item[2] for item in queue if item[0] is _Held.EVENT or item[0] is _Held.SHARED)
+
+    def _build_adopt(self) -> bytes:
+        handover, opening = self._handover, self.opening
+        assert handover is not None
+        assert opening is not None
+        # What the client took since the epoch began is no burden to the next owner.
+        carried_bytes = self._carried_bytes()
+        self._incoming = IncomingEvents(
+            self.number, self.epoch, self._hub.settings.window_bytes, carried_bytes=carried_bytes
+        )
+        return build_adopt(self.number, self.epoch, opening, handover.state or b"", carried_bytes)
+
+    def _first_answer(self) -> None:
+        self._is_answered = True
+        if self.protocol != "websocket" or self._hub.handover_mode is HandoverMode.NEVER:
+            self.opening = None
+
+    def _handover_event(self, handover: Handover, complete: tuple[bytes, int] | None) -> None:
+        """An event, or a piece of one, of an owner after a checkpoint, or of a new owner."""
+        if self._client is None:
+            if complete is not None:
+                self._return_credit(complete[1])
+            return
+        if complete is None:
+            self._send_credit(self._incoming.credit_frame())
+            if handover.is_commit:
+                self._deliver_held(handover.make_room(self._incoming.partial_bytes))
+            return
+        encoded, cost = complete
+        try:
+            event = decode_event(encoded)
+        except WireError as error:
+            self._abandon(error)
+            return
+        if handover.awaits_accept:
+            self._return_credit(cost)
+            if event.get("type") != "websocket.accept":
+                # Its instance gets a disconnect, the client 1012.
+                self._hub.give_up(self, Refusal.NOT_ADOPTED)
+                return
+            handover.awaits_accept = False
+            handover.try_count = 0
+            if handover.state is None:
+                self._handover = None  # begun anew, and no different from others
+            self._hub.adopted(self)
+        else:
+            self._deliver_held(handover.sent(event, cost))
+
+    def _deliver_held(self, events: Sequence[tuple[dict[str, Any], int]]) -> None:
+        """Queue these for the client and deliver what it takes. May end this connection."""
+        if not events:
+            return
+        if self._queue is None:
+            self._queue = deque()
+        self._queue.extend((_Held.SHARED, event, cost) for event, cost in events)
+        if self._paused:
+            self._count_held()
+        else:
+            self._drain()
 
     # Called by Connections, FanOut and BroadcastMemory: messages of groups
 

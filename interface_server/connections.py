@@ -22,12 +22,14 @@ from typing import Any, ClassVar, Final, Protocol
 from channel_layer.base import ProcessLayer
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.errors import BrokerUnavailable, ChannelFull
-from channel_layer.frames import Frame, FrameKind, Outcome, build_closed
+from channel_layer.frames import Frame, FrameKind, Outcome, build_closed, build_released
 from channel_layer.openings import Opening, encode_opening
 from interface_server.broadcast import Broadcast, BroadcastMemory, BroadcastMemoryStatistics, FanOut, FanOutStatistics
 from interface_server.client import Client, Refusal
 from interface_server.client_connection import ClientConnection, State
 from interface_server.group_delivery import GroupDelivery
+from interface_server.handover import FURTHER_TRIES_MAX, HandoverMode, NextStep
+from interface_server.moves import Moves, MovesStatistics
 from interface_server.openings_watch import Decision, Look, OpeningsWatch, OpeningsWatchStatistics
 from interface_server.settings import InterfaceSettings
 
@@ -36,6 +38,8 @@ __all__ = ["Connections", "ConnectionsStatistics"]
 _LOGGER: Final = logging.getLogger("trunkline.interface")
 
 _CHANNELS: Final = {"http": "http.request", "websocket": "websocket.connect"}
+# RFC 9110 section 9.2.1: these may run a second time, when the first one was lost.
+_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _STREAM: Final = frozenset({int(FrameKind.EVENT), int(FrameKind.PIECE)})
 # How soon an opening is stored again after a failure of a broker that is said to be reachable; ``broker_wait_s``
 # ends the tries.
@@ -57,6 +61,8 @@ class ConnectionsStatistics:
     opened_total: int
     parked: int  # wait for the broker
     openings: OpeningsWatchStatistics
+    moves: MovesStatistics  # WebSockets between two workers
+    run_again: int  # connections whose worker was lost, or gave them back, before it answered
     refused: dict[str, int]  # by name of the Refusal
     dropped: dict[str, int]  # messages of groups and frames, by reason
     memory: BroadcastMemoryStatistics  # messages of groups that wait for their clients
@@ -97,6 +103,9 @@ class Connections:
         self._watch = OpeningsWatch(queue_timeout_s=settings.queue_timeout_s)
         self._watch_timer: Timer | None = None
         self._watch_period_s = min(1.0, settings.queue_timeout_s / 4)
+        self.handover_mode = HandoverMode(settings.handover)
+        self._moves: Moves[ClientConnection] = Moves(timeout_s=settings.handover_timeout_s)
+        self._moves_timer: Timer | None = None
         self._calls: set[asyncio.Future[Any]] = set()  # calls of the broker under way; asyncio keeps weak references
         self.memory = BroadcastMemory(
             client_bytes_max=settings.client_buffer_bytes_max, total_bytes_max=settings.buffer_memory_bytes_max
@@ -109,6 +118,7 @@ class Connections:
         self._refused_count: Counter[str] = Counter()
         self._dropped_count: Counter[str] = Counter()
         self._push_count = 0
+        self._run_again_count = 0
         self._closed_count = 0
 
     def __repr__(self) -> str:
@@ -130,6 +140,8 @@ class Connections:
             opened_total=self._last_number,
             parked=len(self._parked),
             openings=self._watch.statistics(self._clock()),
+            moves=self._moves.statistics(),
+            run_again=self._run_again_count,
             refused=dict(self._refused_count),
             dropped=dict(self._dropped_count + self._groups.dropped),
             memory=self.memory.statistics(),
@@ -169,8 +181,18 @@ class Connections:
             protocol=protocol,
             channel=_CHANNELS.get(protocol) or f"{protocol}.connect",
             window_bytes=self.settings.window_bytes,
+            is_repeatable=protocol == "websocket"
+            or (
+                protocol == "http"
+                and scope.get("method") in _SAFE_METHODS
+                and first_event is not None
+                and not first_event.get("more_body", False)
+            ),
         )
-        scope.setdefault("extensions", {})["channel_layer"] = {"reply_channel": reply_channel}
+        extensions = scope.setdefault("extensions", {})
+        extensions["channel_layer"] = {"reply_channel": reply_channel}
+        if protocol == "websocket" and self.handover_mode is not HandoverMode.NEVER:
+            extensions["websocket.handover"] = {}
         encoded = None if first_event is None else encode_event(first_event)
         if encoded is not None:
             connection.count_first_event(encoded)
@@ -236,7 +258,7 @@ class Connections:
         for connection in owned:
             # A client's answer to one of these calls may end another one of them.
             if connection.peer == peer:
-                self._guarded(connection, self._end, connection, Refusal.WORKER_LOST)
+                self._guarded(connection, self._owner_lost, connection)
 
     def peer_ready(self, peer: str) -> None:
         for connection in self._waiting_for_link.pop(peer, ()):
@@ -248,6 +270,7 @@ class Connections:
             self._watch.stand_still(self._clock())
             return
         self._watch.go_on(self._clock())
+        self._continue_moves()
         parked, self._parked = self._parked, {}
         for connection in parked:
             self._guarded(connection, self._push, connection)
@@ -295,10 +318,10 @@ class Connections:
 
     def close(self) -> None:
         """Stop the timers; the layer has been stopped."""
-        for timer in (self._watch_timer, self._parked_timer):
+        for timer in (self._watch_timer, self._parked_timer, self._moves_timer):
             if timer is not None:
                 timer.cancel()
-        self._watch_timer = self._parked_timer = None
+        self._watch_timer = self._parked_timer = self._moves_timer = None
         for call in self._calls:
             call.cancel()
 
@@ -315,12 +338,10 @@ class Connections:
 
     def left(self, connection: ClientConnection, peer: str | None) -> None:
         """``connection`` has lost its client or its owner, ``peer``: it can be a member of no group any more."""
-        if peer is not None:
-            owned = self._peers.get(peer)
-            if owned is not None:
-                owned.discard(connection)
-                if not owned:
-                    del self._peers[peer]
+        self._disowned(connection, peer)
+        if connection in self._moves:
+            self._moves.discard(connection)
+            self._continue_moves()
         if self._reply_channels.pop(connection.reply_channel, None) is not None:
             self.layer.forget_channels((connection.reply_channel,))
         if connection.is_counted and not connection.is_alive:
@@ -329,6 +350,10 @@ class Connections:
             if self._idle is not None and not self.open_count:
                 self._idle.set_result(None)
                 self._idle = None
+
+    def adopted(self, connection: ClientConnection) -> None:
+        """The next owner of ``connection`` has accepted."""
+        self._moves.settled(connection, self._broker_time())
 
     def wait_for_link(self, connection: ClientConnection, peer: str) -> None:
         self._waiting_for_link.setdefault(peer, set()).add(connection)
@@ -364,8 +389,16 @@ class Connections:
             if connection.is_unclaimed:
                 self._watch.discard(number)
                 self._parked.pop(connection, None)
+                if connection.is_moving:
+                    if frame[3:4] != [True]:  # it does not know ADOPT
+                        self._answer_closed(peer, number, epoch)
+                        self._given_back(connection)
+                        return
+                    self._moves.found(connection)
                 self._peers.setdefault(peer, set()).add(connection)
                 connection.claimed(peer)
+                if connection.is_moving:
+                    self._continue_moves()
                 return
             if connection.peer == peer:
                 # The opening came twice to one worker. CLOSED would end the instance that has the grant.
@@ -403,8 +436,21 @@ class Connections:
     def _closed(self, peer: str, frame: Frame) -> None:
         connection = self._connections.get(frame[1])
         if connection is not None and connection.peer == peer and connection.epoch == frame[2]:
-            # It gave the grant up (5 s), or came back from being away and has ended its instances.
-            self._end(connection, Refusal.WORKER_LOST)
+            # It gave the grant up (5 s), stops, or came back from being away and has ended its instances.
+            self._owner_refused(connection)
+
+    def _state(self, peer: str, frame: Frame) -> None:
+        connection = self._owned(peer, frame)
+        if connection is not None:
+            connection.state_received(*frame[3:6])
+
+    def _release(self, peer: str, frame: Frame) -> None:
+        connection = self._owned(peer, frame)
+        if connection is not None:
+            is_moved = connection.release_requested() and not self._is_stopping
+            self.layer.link_send(peer, build_released(connection.number, connection.epoch, is_moved))
+            if is_moved:
+                self._move(connection)
 
     def _events(self, peer: str, frame: Frame) -> None:
         addressees, payload = frame[1], frame[2]
@@ -429,6 +475,10 @@ class Connections:
         FrameKind.RECEIVING: _receiving,
         FrameKind.END: _ended,
         FrameKind.EVENTS: _events,
+        FrameKind.STATE: _state,
+        FrameKind.RELEASE: _release,
+        FrameKind.RELEASED: _out_of_place,
+        FrameKind.ADOPT: _out_of_place,
         FrameKind.GRANT: _out_of_place,
         FrameKind.LAST: _out_of_place,
         FrameKind.GONE: _out_of_place,
@@ -451,11 +501,96 @@ class Connections:
             self._refused_count[verdict.name] += 1
         connection.ended(verdict)
 
+    # From one owner to the next
+
+    def _owner_lost(self, connection: ClientConnection) -> None:
+        """Its worker is dead: DESIGN's table."""
+        if connection.state is not State.OWNED or not connection.is_alive or self._is_stopping:
+            self._end(connection, Refusal.WORKER_LOST)
+            return
+        step = connection.decide_after_loss(self._clock())
+        if step is NextStep.RUN_AGAIN:
+            self._run_again(connection)
+        elif step is NextStep.MOVE:
+            self._move(connection)
+        elif step is NextStep.REFUSE_SECOND:
+            self._end(connection, Refusal.OWNERS_LOST)
+        else:
+            self._end(connection, Refusal.WORKER_LOST)
+
+    def _owner_refused(self, connection: ClientConnection) -> None:
+        """Its worker lives, and does not have it (any more)."""
+        if connection.state is not State.OWNED or not connection.is_alive or self._is_stopping:
+            self._end(connection, Refusal.WORKER_LOST)
+        elif connection.is_moving:
+            self._disowned(connection, connection.disown(State.MOVING))
+            self._given_back(connection)
+        elif connection.decide_after_refusal() is NextStep.RUN_AGAIN:
+            self._run_again(connection)
+        else:
+            self._owner_lost(connection)
+
+    def _run_again(self, connection: ClientConnection) -> None:
+        self._run_again_count += 1
+        self._disowned(connection, connection.disown(State.PARKED))
+        connection.broker_deadline = None
+        if self.layer.broker_reachable:
+            self._push(connection)
+        else:
+            self._park(connection)
+
+    def _move(self, connection: ClientConnection) -> None:
+        self._disowned(connection, connection.disown(State.MOVING))
+        self._moves.add(connection, self._broker_time())
+        self._continue_moves()
+
+    def _given_back(self, connection: ClientConnection) -> None:
+        """The worker that took it does not adopt it: another one is tried, twice."""
+        if connection.count_refusal() > FURTHER_TRIES_MAX:
+            self.give_up(connection, Refusal.NO_SUCCESSOR)
+            return
+        self._look_again(connection)
+        self._continue_moves()
+
+    def _look_again(self, connection: ClientConnection) -> None:
+        if connection.state is not State.MOVING:
+            connection.move(State.MOVING)
+        self._moves.again(connection)
+
+    def _disowned(self, connection: ClientConnection, peer: str | None) -> None:
+        owned = None if peer is None else self._peers.get(peer)
+        if peer is not None and owned is not None:
+            owned.discard(connection)
+            if not owned:
+                del self._peers[peer]
+
+    def _continue_moves(self) -> None:
+        if self.layer.broker_reachable:
+            for connection in self._moves.next():
+                self._guarded(connection, self._push, connection)
+        deadline = self._moves.next_deadline()
+        if deadline is not None and self._moves_timer is None and self.layer.broker_reachable:
+            delay_s = max(0.0, deadline - self._broker_time())
+            self._moves_timer = self._call_later(delay_s, self._give_moves_up)
+
+    def _give_moves_up(self) -> None:
+        self._moves_timer = None
+        for connection in self._moves.overdue(self._broker_time()):
+            self.give_up(connection, Refusal.NO_SUCCESSOR)
+        self._continue_moves()
+
+    def _broker_time(self) -> float:
+        """A clock that stands still while the broker is away."""
+        now = self._clock()
+        return now - self._watch.still_s(now)
+
     # Openings
 
     def _refuse(self, connection: ClientConnection, refusal: Refusal) -> None:
         """End a connection that no worker has."""
         if connection.is_unclaimed:
+            if connection.is_moving:
+                refusal = Refusal.NO_SUCCESSOR
             self._refused_count[refusal.name] += 1
             connection.conclude(refusal)
 
@@ -467,14 +602,20 @@ class Connections:
         future.add_done_callback(done)
 
     def _push(self, connection: ClientConnection) -> None:
-        assert connection.opening is not None
         connection.move(State.PUSHING)
         self._push_count += 1
-        self._call(self.layer.push_opening(connection.channel, connection.opening), partial(self._pushed, connection))
+        opening = connection.opening_to_store()
+        if connection.is_moving:
+            stored = self.layer.push_opening(connection.channel, opening, exempt=True)
+        else:
+            stored = self.layer.push_opening(connection.channel, opening)
+        self._call(stored, partial(self._pushed, connection, connection.epoch))
 
-    def _pushed(self, connection: ClientConnection, call: asyncio.Future[Any]) -> None:
+    def _pushed(self, connection: ClientConnection, epoch: int, call: asyncio.Future[Any]) -> None:
         if call.cancelled():
             return  # close() gave it up
+        if connection.epoch != epoch:
+            return  # claimed, and lost again
         error = call.exception()
         if error is None:
             if connection.state is State.PUSHING:
@@ -490,6 +631,10 @@ class Connections:
             self._refuse(connection, Refusal.QUEUE_FULL)
         elif isinstance(error, BrokerUnavailable):
             # It may have been stored. Sending it again is harmless: one claim for each epoch is granted.
+            if connection.is_moving:
+                self._look_again(connection)
+                self._call_later(_PUSH_AGAIN_S, self._continue_moves)
+                return
             connection.move(State.PARKED)
             self._park(connection)
         else:

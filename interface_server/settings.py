@@ -91,6 +91,11 @@ class InterfaceSettings:
 
     # Openings: connections that wait for a worker.
     queue_timeout_s: float = 30.0  # not taken by then: removed and 503 (close 1013)
+    # WebSockets whose worker stops or dies: "checkpoint" hands those over whose application stored a checkpoint,
+    # "always" starts all others anew, "never" does not offer the extension. Else: close 1012.
+    handover: str = "checkpoint"
+    handover_timeout_s: float = 30.0  # no other worker has it by then: close 1012
+
     opening_capacity: int = 4096  # of each of the two channels, over all interface servers; a full one is 503 at once
 
     # Flow control, per connection.
@@ -128,7 +133,9 @@ class InterfaceSettings:
                 f"ws_max_size_bytes is {self.ws_max_size_bytes}, must be at most {_WS_MAX_SIZE_BYTES_MAX}: "
                 "the channel layer carries no larger message"
             )
-        for name in ("queue_timeout_s", "header_timeout_s", "ws_handshake_timeout_s"):
+        if self.handover not in ("checkpoint", "always", "never"):
+            raise ValueError(f"handover is {self.handover!r}, must be checkpoint, always or never")
+        for name in ("queue_timeout_s", "header_timeout_s", "ws_handshake_timeout_s", "handover_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be more than 0")
         for name in (

@@ -15,6 +15,9 @@ The claim of a safe method leaves behind the first turn of its application (proc
 the first frame that leaves earlier. An application that by then has sent a whole short response and returned, as
 most that answer from memory do, leaves one frame, ANSWER, in place of all the others.
 
+A WebSocket may be handed over to another worker (moving.py). An instance that gave its connection away is cancelled
+without a disconnect event; one that takes it up gets scope and checkpoint with ``adopt()`` in place of ``grant()``.
+
 What the other side may do at any time:
 
     GONE    send() fails from now on; events may still follow, and LAST does
@@ -35,18 +38,34 @@ from enum import Enum
 from types import CodeType
 from typing import Any, Final, Protocol, TypeGuard, cast
 
-from channel_layer.codec import decode_event, encode_event
+from channel_layer.codec import decode_event, decode_message, encode_event
 from channel_layer.connection import IncomingEvents, OutgoingEvents
 from channel_layer.enums import quick
-from channel_layer.frames import FrameKind, Outcome, build_answer, build_claim, build_end, build_receiving
+from channel_layer.frames import (
+    STATE_COMMIT,
+    STATE_NOTIFY,
+    FrameKind,
+    Outcome,
+    build_answer,
+    build_claim,
+    build_end,
+    build_receiving,
+    build_release,
+    build_state,
+)
 from channel_layer.openings import Opening
 from worker.application import Application, Scope
-from worker.events import ClientDisconnected, HttpEvents, SentEvents, State, WebSocketEvents
+from worker.events import Checkpoint, ClientDisconnected, HttpEvents, SentEvents, State, WebSocketEvents
+from worker.moving import REQUEST, Moving
 from worker.own_events import OwnEvents
 
 __all__ = ["Instance", "InstanceStatistics", "Link", "Phase", "describe_wait"]
 
 logger = logging.getLogger("trunkline.worker")
+
+# The reply channel and the epoch of the WebSocket whose application runs here, also for tasks that it leaves behind:
+# what they do to the channel's groups is fenced by the epoch they were started under.
+CURRENT_CONNECTION: Final[contextvars.ContextVar[tuple[str, int]]] = contextvars.ContextVar("CURRENT_CONNECTION")
 
 # Enough to see which line of the application called which library; a whole chain through middleware is a page.
 _WAIT_FRAMES_SHOWN: Final = 4
@@ -90,8 +109,8 @@ class _Sending:
 
     __slots__ = ("events", "waiter")
 
-    def __init__(self, events: Iterator[dict[str, Any]], waiter: asyncio.Future[None] | None) -> None:
-        self.events = events
+    def __init__(self, events: Iterator[dict[str, Any] | bytes], waiter: asyncio.Future[None] | None) -> None:
+        self.events = events  # bytes: a frame that is built already
         self.waiter = waiter  # None: nobody waits for these
 
 
@@ -111,12 +130,17 @@ class Instance:
         "_incoming",
         "_is_cancelled",
         "_is_claimed",
+        "_is_frozen",
+        "_is_handover",
         "_is_held",
         "_is_shut_down",
         "_link",
         "_loop",
+        "_moved",
+        "_moving",
         "_outcome",
         "_outgoing",
+        "_received_count",
         "_receivers",
         "_refusal",
         "_sent",
@@ -171,6 +195,14 @@ class Instance:
         # A whole response that may still become an ANSWER: its start and its body.
         self._answer: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._is_held = True  # False: the interface server holds this connection no more, nothing is answered
+
+        # From one worker to another.
+        self._is_handover = opening.is_handover  # it had an owner: adopt() will come, not grant()
+        self._moving: Moving | None = None  # None: no checkpoint yet, and the worker does not stop
+        self._moved: Callable[[Instance, bool], None] | None = None  # told whether it was given away
+        self._is_frozen = False  # nothing is received or sent until the interface server has said who has it
+        # Messages that receive() has returned, as the interface server counts them: without websocket.connect.
+        self._received_count = 0 if opening.first_event is None else -1
 
         # Towards the application. Lists, not deques: 20,000 idle WebSockets would hold 12 MB of empty deques, and
         # the window bounds the list to some thousand entries, of which pop(0) costs half a microsecond.
@@ -235,7 +267,7 @@ class Instance:
         if self._is_claimed or not self._is_held or self.phase is Phase.ENDED:
             return
         self._is_claimed = True
-        self._link.link_send(self.peer, build_claim(self.connection, self.epoch))
+        self._link.link_send(self.peer, build_claim(self.connection, self.epoch, adopts=self._is_handover))
         answer, self._answer = self._answer, None
         if answer is not None:  # of an application that goes on behind its response
             self._unsent.append(_Sending(iter(answer), None))
@@ -249,12 +281,32 @@ class Instance:
         name = f"{self.protocol} {self.peer}!{self.connection}"
         # A context of its own for each instance (a copy), whichever frame happened to start it.
         context = self._context.copy() if self._context is not None else None
+        if context is not None and self.protocol == "websocket":
+            context.run(CURRENT_CONNECTION.set, (self.reply_channel, self.epoch))
         self._task = self._loop.create_task(self._run(), name=name, context=context)
 
     def grant(self) -> None:
         """A GRANT frame came: the connection is ours; call the application if it does not run yet."""
         self.granted = self._is_claimed = True
         self.start()
+
+    def adopt(self, scope: Scope, state: bytes, carried_bytes: int) -> None:
+        """An ADOPT frame came: as ``grant()`` for a connection that had another owner. Raises WireError.
+
+        ``scope`` is complete; ``state`` the last checkpoint, encoded, or empty.
+        """
+        extensions = dict(scope.get("extensions") or {})
+        if state:
+            extensions["websocket.handover"] = {"state": decode_message(state).get("state")}
+            self._moving = Moving(is_adopted=True)
+        scope["extensions"] = extensions
+        self.scope = scope
+        self._sent = WebSocketEvents(extensions)
+        self._outgoing = OutgoingEvents(
+            self.connection, self.epoch, self._outgoing.window_bytes, carried_bytes=carried_bytes
+        )
+        self._arrived.insert(0, ({"type": "websocket.connect"}, 0))
+        self.grant()
 
     def event_received(self, kind: int, payload: bytes) -> None:
         """An EVENT or PIECE frame came. Raises FlowControlError, WireError: then the connection is to be given up."""
@@ -289,6 +341,58 @@ class Instance:
         """The link has room again."""
         self._pump()
 
+    def begin_move(self, moved: Callable[[Instance, bool], None]) -> bool:
+        """The worker stops: give the connection away as soon as that can be done with nothing lost.
+
+        ``moved`` is told when the interface server has decided, perhaps never, perhaps more than once. True: that is
+        to be expected soon, for the application was asked, or stands still.
+        """
+        if self.protocol != "websocket" or "websocket.handover" not in (self.scope.get("extensions") or {}):
+            return False
+        if self._moving is None:
+            self._moving = Moving()
+        self._moved = moved
+        if self._moving.begin():
+            self._arrived.insert(0, (REQUEST, 0))
+            self._wake_receivers()
+            return True
+        if self._receivers:
+            self._freeze_if_still()
+        return self._is_frozen
+
+    def released(self, moved: bool) -> None:
+        """A RELEASED frame came: ``moved``, another worker goes on; else everything goes on here."""
+        moving = self._moving
+        if moving is None or not self._is_frozen:
+            return
+        self._is_frozen = False
+        if moved:
+            self._is_held = False
+            if not moving.has_checkpoint:
+                # Its successor begins anew, so this one has to clean up as behind any other end.
+                self._set_disconnect({**self._abnormal_disconnect(), "code": 1012})
+            self.fenced("the connection was handed over", at_once=moving.has_checkpoint)
+        else:
+            moving.declined()
+            self._pump()
+            self._wake_receivers()
+        if self._moved is not None:
+            self._moved(self, moved)
+
+    def fenced(self, reason: str, *, at_once: bool = True) -> None:
+        """Another worker may have this connection already: end without a disconnect event.
+
+        What the application would do behind one, leave groups or say that a user has gone, is not true.
+        """
+        self._is_held = False
+        if self.phase is Phase.CLAIMED:
+            self._end()
+            return
+        self._is_frozen = False
+        self._refuse_sends(reason)
+        if at_once:
+            self.cancel()
+
     def refused(self, reason: str) -> None:
         """The connection is not ours: CLOSED came, the link ended, or no grant came in time.
 
@@ -296,6 +400,7 @@ class Instance:
         its disconnect and ``close_timeout_s``.
         """
         self._is_held = False
+        self._is_frozen = False
         if self.phase is Phase.CLAIMED:
             self._end()
             return
@@ -314,6 +419,7 @@ class Instance:
             return
         details = {"code": 1012, "reason": "the worker stops"} if self.protocol == "websocket" else {}
         self._is_shut_down = True
+        self._is_frozen = False
         if self._sent.state is State.OPEN and self._refusal is None:
             # In order behind what the application has sent, within the client's credit. Where a slow client leaves
             # none, the end of the link closes the WebSocket, with 1012, too.
@@ -356,18 +462,26 @@ class Instance:
             if self._sent.state is State.COMPLETE:
                 # ASGI, "Disconnect": also when receive() is called after the response has been sent.
                 return {"type": "http.disconnect"}
-            if self._arrived:
+            if self._arrived and not self._is_frozen:
                 event, cost_bytes = self._arrived.pop(0)
+                if cost_bytes:
+                    self._received_count += 1
+                elif event is REQUEST:
+                    assert self._moving is not None
+                    self._moving.request_read()
+                    return dict(event)
                 credit = self._incoming.consume(cost_bytes)
                 if credit is not None and self._is_held and self._disconnect is None:
                     self.claim()
                     self._link.link_send(self.peer, credit)
                 return event
-            if self._disconnect is not None:
+            if self._disconnect is not None and not self._is_frozen:
                 return dict(self._disconnect)
             # A response of which only the start was sent, by an application that waits: it may mean to send its
             # body from elsewhere, through a group. So the client gets the head now.
             self._release_start()
+            if self._moving is not None:
+                self._freeze_if_still()
             receiver = self._loop.create_future()
             self._receivers.append(receiver)
             try:
@@ -386,6 +500,9 @@ class Instance:
         if self._refusal is not None and sent.state is not State.COMPLETE:
             raise ClientDisconnected(self._refusal)
         events = sent.apply(message)
+        if type(events) is Checkpoint:
+            await self._send_checkpoint(events)
+            return
         if self._receivers:
             if sent.state is State.COMPLETE:
                 self._wake_receivers()
@@ -405,7 +522,45 @@ class Instance:
         self._unsent.append(_Sending(rest, waiter))
         await waiter
 
+    async def _send_checkpoint(self, checkpoint: Checkpoint) -> None:
+        flags = STATE_NOTIFY * checkpoint.notify + STATE_COMMIT * checkpoint.commit
+        moving = self._moving
+        if moving is None:
+            moving = self._moving = Moving()
+        is_last = moving.checkpoint(self._received_count, wants_notice=checkpoint.notify)
+        state = build_state(self.connection, self.epoch, self._received_count, flags, checkpoint.state)
+        frames = self._frames_of_last_checkpoint(state) if is_last else iter((state,))
+        if self._unsent or not self._let_leave(frames):
+            waiter = self._loop.create_future()
+            self._unsent.append(_Sending(frames, waiter))
+            await waiter
+
     # Inside
+
+    def _frames_of_last_checkpoint(self, state: bytes) -> Iterator[bytes]:
+        yield state
+        # Lazily, behind the checkpoint: from here on nothing leaves until released().
+        yield self._freeze()
+
+    def _freeze(self) -> bytes:
+        assert self._moving is not None
+        self._moving.freeze()
+        self._is_frozen = True
+        return build_release(self.connection, self.epoch)
+
+    def _freeze_if_still(self) -> None:
+        """The application waits in receive(): give it away, if this is the moment."""
+        assert self._moving is not None
+        if (
+            not (self._arrived or self._unsent or self._is_frozen)
+            and self._outgoing.is_empty
+            and self.phase is Phase.RUNNING
+            and self._sent.state is State.OPEN
+            and self._refusal is None
+            and self._disconnect is None
+            and self._moving.may_freeze(self._received_count)
+        ):
+            self._link.link_send(self.peer, self._freeze())
 
     async def _run(self) -> None:
         outcome = Outcome.RAISED
@@ -436,10 +591,10 @@ class Instance:
             self._refusal = "its application call is over"
         self._pump()
 
-    def _let_leave(self, events: Iterator[dict[str, Any]]) -> bool:
+    def _let_leave(self, events: Iterator[dict[str, Any] | bytes]) -> bool:
         """Let events leave while there is credit and the link has room; True when all have left."""
         link, peer, outgoing = self._link, self.peer, self._outgoing
-        while not link.link_is_congested(peer):
+        while not (self._is_frozen or link.link_is_congested(peer)):
             if not outgoing.is_empty:
                 for frame in outgoing.frames():
                     link.link_send(peer, frame)
@@ -448,8 +603,11 @@ class Instance:
             event = next(events, None)
             if event is None:
                 return True
-            outgoing.offer(encode_event(event))
-        return False  # until link_ready()
+            if type(event) is bytes:
+                link.link_send(peer, event)
+            else:
+                outgoing.offer(encode_event(event))  # type: ignore[arg-type]
+        return False  # until link_ready() or released()
 
     def _pump(self) -> None:
         while self._unsent:
@@ -459,7 +617,7 @@ class Instance:
             del self._unsent[0]
             if sending.waiter is not None and not sending.waiter.done():
                 sending.waiter.set_result(None)
-        if self.phase is Phase.FINISHING:
+        if self.phase is Phase.FINISHING and not self._is_frozen:
             self._end()
 
     def _release_start(self) -> None:

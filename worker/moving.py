@@ -29,14 +29,15 @@ class MovingPhase(Enum):
 
 
 class Moving:
-    """Made with the first checkpoint of an instance, or when its worker stops."""
+    """Made with the first checkpoint of an instance (or that of the one before), or when its worker stops."""
 
     __slots__ = ("_asked", "_checkpoint_count", "_covered", "_request_is_read", "_tried", "phase", "wants_notice")
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_adopted: bool = False) -> None:
+        """``is_adopted``: the checkpoint of a former worker covers the beginning of this instance."""
         self.phase = MovingPhase.STAYING
         self.wants_notice = False  # as of the last checkpoint
-        self._checkpoint_count = 0
+        self._checkpoint_count = int(is_adopted)
         self._covered = 0  # messages received when the last one was stored
         self._tried: int | None = None  # as many checkpoints there were at the last try, which was declined
         self._asked = False  # the application is being asked for a last checkpoint

@@ -33,11 +33,12 @@ from channel_layer.connection import FlowControlError
 from channel_layer.encryption import Cipher, read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName, WireError
 from channel_layer.frames import Frame, FrameKind, build_closed
+from channel_layer.link import GIVEN_UP_REASONS
 from channel_layer.openings import Opening, decode_opening
 from channel_layer.process_layer import RedisProcessLayer
 from worker.application import Application, build_application
 from worker.background import BackgroundChannel
-from worker.instance import Instance, Phase
+from worker.instance import CURRENT_CONNECTION, Instance, Phase
 from worker.lifespan import Lifespan, LifespanFailed
 from worker.loading import ApplicationError, load_application, prepare_import
 from worker.settings import HTTP_CHANNEL, WEBSOCKET_CHANNEL, WorkerSettings
@@ -57,6 +58,10 @@ TAKE_RETRY_S: Final = 0.2
 DRAIN_CLOSES_FROM: Final = 0.75
 DRAIN_CLOSES_UNTIL: Final = 0.95
 _DRAIN_STEP_S: Final = 0.05
+# WebSockets that a stopping worker gives away at a time. One whose application was asked for a last checkpoint, and
+# takes its time, holds its place so long.
+MOVES_AT_ONCE: Final = 32
+MOVE_PLACE_S: Final = 1.0
 # After the drain timeout: for applications that were cancelled to end. Then the process goes without them.
 CANCEL_TIMEOUT_S: Final = 2.0
 # When all is over: for threads and tasks of the application to end. Then the process goes without them.
@@ -85,6 +90,8 @@ class WorkerStatistics:
     unreadable_count: int  # openings and frames this release cannot read
     unknown_connection_count: int  # frames for connections that are not here (any more)
     ended_count: int
+    adopted_count: int  # WebSockets that had another owner
+    given_away_count: int  # WebSockets handed over when this worker stopped
 
 
 class WorkerProcess:
@@ -127,6 +134,11 @@ class WorkerProcess:
         self._takers: list[asyncio.Task[None]] = []
         self._background: list[BackgroundChannel] = []  # one for each channel that is not of connections
         self._is_stopping = False
+        # While stopping: WebSockets to give away that have not had their turn, and those that have, with the time
+        # when they lose their place.
+        self._to_move: list[Instance] = []
+        self._moving: dict[Instance, float] = {}
+        self._move_timer: asyncio.TimerHandle | None = None
         self._reachable = asyncio.Event()
         self._reachable.set()
         # Why this process cannot go on.
@@ -140,6 +152,8 @@ class WorkerProcess:
         self._unreadable_count = 0
         self._unknown_connection_count = 0
         self._ended_count = 0
+        self._adopted_count = 0
+        self._given_away_count = 0
 
     @property
     def process_id(self) -> str:
@@ -162,6 +176,8 @@ class WorkerProcess:
             unreadable_count=self._unreadable_count,
             unknown_connection_count=self._unknown_connection_count,
             ended_count=self._ended_count,
+            adopted_count=self._adopted_count,
+            given_away_count=self._given_away_count,
         )
 
     def instances(self) -> list[Instance]:
@@ -169,6 +185,9 @@ class WorkerProcess:
 
     def epoch_of(self, channel: str) -> int:
         """The epoch of the connection with this reply channel here, or 0: group frames carry it."""
+        current = CURRENT_CONNECTION.get(None)
+        if current is not None and current[0] == channel:
+            return current[1]  # perhaps handed over since
         instance = self._by_channel.get(channel)
         return instance.epoch if instance is not None else 0
 
@@ -197,8 +216,9 @@ class WorkerProcess:
     async def stop(self, timeout_s: float, *, at_once: asyncio.Event | None = None) -> int:
         """Drain: take nothing more and let end what runs; return how many instances refused to end.
 
-        Everything has ``timeout_s``. Towards its end the WebSockets that are left are closed with 1012, one after the
-        other; at its end what still runs is cancelled. ``at_once`` ends the waiting early.
+        Everything has ``timeout_s``. WebSockets whose applications store checkpoints are given away to other workers
+        (docs/handover.md). Towards the end those that are left are closed with 1012, one after the other; at the end
+        what still runs is cancelled. ``at_once`` ends the waiting early.
         """
         self._is_stopping = True
         ends_at = self._loop.time() + timeout_s
@@ -211,7 +231,11 @@ class WorkerProcess:
         for instance in self._lasting():
             if instance.phase is Phase.CLAIMED:
                 instance.refused("the worker stops")  # its grant will be answered with CLOSED
+            elif instance.protocol == "websocket":
+                self._to_move.append(instance)
+        self._move_next()
         await self._wait_idle(timeout_s * DRAIN_CLOSES_FROM, at_once)
+        self._to_move.clear()
         await self._close_lasting(timeout_s * (DRAIN_CLOSES_UNTIL - DRAIN_CLOSES_FROM), at_once)
         await self._wait_idle(max(0.0, ends_at - self._loop.time()), at_once)
         for instance in self.instances():
@@ -221,9 +245,10 @@ class WorkerProcess:
                 instance.cancel(f"the worker stops, and {timeout_s:g} s were not enough to finish")
         if at_once is None or not at_once.is_set():
             await self._wait_idle(CANCEL_TIMEOUT_S, at_once)
-        if self._grant_timer is not None:
-            self._grant_timer.cancel()
-            self._grant_timer = None
+        for timer in (self._grant_timer, self._move_timer):
+            if timer is not None:
+                timer.cancel()
+        self._grant_timer = self._move_timer = None
         running = [instance for instance in self.instances() if instance.task is not None]
         for instance in running[:10]:
             logger.error("%s does not end although it was cancelled", instance.describe())
@@ -232,6 +257,26 @@ class WorkerProcess:
     def _lasting(self) -> list[Instance]:
         """What does not end by itself, as an HTTP request does: WebSockets, and connections of own protocols."""
         return [instance for instance in self.instances() if instance.protocol != "http"]
+
+    def _move_next(self) -> None:
+        """Give WebSockets away, as many at a time as have a place."""
+        now = self._loop.time()
+        if self._move_timer is not None:
+            self._move_timer.cancel()
+            self._move_timer = None
+        for instance in [late for late, until in self._moving.items() if until <= now]:
+            del self._moving[instance]
+        while self._to_move and len(self._moving) < MOVES_AT_ONCE:
+            instance = self._to_move.pop()
+            if instance.phase is Phase.RUNNING and instance.begin_move(self._move_settled):
+                self._moving[instance] = now + MOVE_PLACE_S
+        if self._to_move and self._moving:
+            self._move_timer = self._loop.call_at(min(self._moving.values()), self._move_next)
+
+    def _move_settled(self, instance: Instance, moved: bool) -> None:
+        self._given_away_count += moved
+        if self._moving.pop(instance, None) is not None:
+            self._move_next()
 
     async def _close_lasting(self, spread_s: float, at_once: asyncio.Event | None) -> None:
         """Close what is left, evenly over ``spread_s``; ``at_once`` closes the rest."""
@@ -280,6 +325,13 @@ class WorkerProcess:
         self._early_ends.pop(peer, None)
         of_peer = self._peers.get(peer)
         if of_peer is None:
+            return
+        if reason in GIVEN_UP_REASONS:
+            # The interface server lives, and thinks that we do not: what it had here may be elsewhere by now.
+            logger.warning("%d connections of %s are not ours any more (%s)", len(of_peer), peer, reason)
+            for instance in list(of_peer.values()):
+                self._unanswered.pop(instance, None)
+                instance.fenced(f"this worker was taken for dead ({reason})")
             return
         logger.warning("interface server %s is gone (%s), and %d connections with it", peer, reason, len(of_peer))
         for instance in list(of_peer.values()):
@@ -356,7 +408,8 @@ class WorkerProcess:
                 # A retry, or a broker that went back in time. The first copy has claimed it.
                 self._duplicate_count += 1
                 return None
-            self._complete_scope(opening)
+            if not opening.is_handover:  # else it comes with ADOPT
+                self._complete_scope(opening)
             instance = Instance(
                 opening,
                 application=self._application,
@@ -404,6 +457,8 @@ class WorkerProcess:
     def _instance_ended(self, instance: Instance) -> None:
         self._ended_count += 1
         self._unanswered.pop(instance, None)
+        if self._moving.pop(instance, None) is not None:
+            self._move_next()
         of_peer = self._peers[instance.peer]
         del of_peer[instance.connection, instance.epoch]
         if not of_peer:
@@ -441,11 +496,23 @@ class WorkerProcess:
             instance.client_gone()
         elif kind == FrameKind.LAST:
             instance.last_received(frame[3])
+        elif kind == FrameKind.ADOPT:
+            self._adopt(instance, frame)
+        elif kind == FrameKind.RELEASED:
+            instance.released(frame[3])
         else:  # CLOSED
             self._unanswered.pop(instance, None)
             if not instance.granted:
                 self._refused_count += 1
             instance.refused("the interface server has closed the connection")
+
+    def _adopt(self, instance: Instance, frame: Frame) -> None:
+        opening = decode_opening(frame[3])
+        self._complete_scope(opening)
+        instance.adopt(opening.scope, frame[4], frame[5])
+        self._unanswered.pop(instance, None)
+        self._granted_count += 1
+        self._adopted_count += 1
 
     def _arm_grant_timer(self) -> None:
         if self._grant_timer is None and self._unanswered and self._reachable.is_set():
@@ -488,10 +555,14 @@ _KINDS: Final = frozenset(
         FrameKind.LAST,
         FrameKind.GONE,
         FrameKind.CREDIT,
+        FrameKind.ADOPT,
+        FrameKind.RELEASED,
     )
 )
 _VERDICTS: Final = (int(FrameKind.GRANT), int(FrameKind.CLOSED))
-_ANSWERED: Final = frozenset(int(kind) for kind in (FrameKind.GRANT, FrameKind.EVENT, FrameKind.PIECE))
+_ANSWERED: Final = frozenset(
+    int(kind) for kind in (FrameKind.GRANT, FrameKind.ADOPT, FrameKind.EVENT, FrameKind.PIECE)
+)
 
 
 def _claim_all(instances: list[Instance]) -> None:

@@ -19,6 +19,7 @@ from channel_layer.errors import BrokerUnavailable, ChannelFull
 from channel_layer.frames import (
     FrameKind,
     Outcome,
+    build_adopt,
     build_answer,
     build_claim,
     build_closed,
@@ -31,6 +32,9 @@ from channel_layer.frames import (
     build_last,
     build_piece,
     build_receiving,
+    build_release,
+    build_released,
+    build_state,
 )
 from channel_layer.openings import decode_opening
 from interface_server.client import Refusal
@@ -70,7 +74,7 @@ class FakeLayer:
         self.calls.append((name, channel, argument, future))
         return future
 
-    def push_opening(self, channel, opening):
+    def push_opening(self, channel, opening, *, exempt=False):
         return self._call("push", channel, opening)
 
     def find_openings(self, channel, elements):
@@ -618,11 +622,15 @@ FRAMES = {
     FrameKind.END: build_end(1, 1, Outcome.RETURNED),
     FrameKind.EVENTS: build_events([(1, 1)], encode_event(text("hello"))),
     FrameKind.ANSWER: build_answer(1, 1, 200, [(b"x", b"y")], b"hello"),
+    FrameKind.STATE: build_state(1, 1, 0, 0, b"state"),
+    FrameKind.RELEASE: build_release(1, 1),
+    FrameKind.RELEASED: build_released(1, 1, True),
+    FrameKind.ADOPT: build_adopt(1, 1, b"opening", b"state", 0),
 }
 # What happens where the connection is owned by the sender: (client's log, state).
 EFFECT = {
     State.OWNED: {
-        FrameKind.CLOSED: ([Refusal.WORKER_LOST], State.OVER),
+        FrameKind.CLOSED: ([], State.PUSHING),  # nothing was answered yet: another worker is asked
         FrameKind.EVENT: ([text("hello")], State.OWNED),
         FrameKind.RECEIVING: (["receiving"], State.OWNED),
         FrameKind.END: ([Outcome.RETURNED], State.OVER),
@@ -634,7 +642,10 @@ EFFECT = {
     },
 }
 # Frames that nobody answers where the connection is not the sender's.
-SILENT = {FrameKind.ANSWER, FrameKind.CLOSED, FrameKind.END, FrameKind.GRANT, FrameKind.LAST, FrameKind.GONE}
+SILENT = {
+    *(FrameKind.ANSWER, FrameKind.CLOSED, FrameKind.END, FrameKind.GRANT, FrameKind.LAST, FrameKind.GONE),
+    *(FrameKind.RELEASED, FrameKind.ADOPT),
+}
 
 
 async def bring_to(bench, state):
@@ -653,6 +664,13 @@ async def bring_to(bench, state):
     bench.frame(build_claim(1, 1))
     if state is State.LEAVING:
         client.connection.finished()
+    if state is State.MOVING:
+        client.connection.accept_broadcasts()
+        bench.frame(build_state(1, 1, 0, 0, b"state"))
+        bench.frame(FRAMES[FrameKind.EVENT])
+        client.connection.disown(State.MOVING)
+        bench.connections._peers.clear()
+        assert client.connection.epoch == 2
     if state is State.ENDING:
         client.connection.pause_delivery()
         bench.frame(FRAMES[FrameKind.EVENT])
@@ -671,7 +689,9 @@ async def test_every_frame_in_every_state(bench, state, kind):
     sent = bench.take_sent()
     if state in EFFECT:
         log, after = EFFECT[state].get(kind, ([], state))
-        assert (client.log, client.connection.state, sent) == (log, after, [])
+        # Neither accepted nor with a checkpoint, or without its client: it cannot be given away.
+        answer = [(WORKER, msgpack.unpackb(build_released(1, 1, False)))] if kind is FrameKind.RELEASE else []
+        assert (client.log, client.connection.state, sent) == (log, after, answer)
     elif kind is FrameKind.CLAIM and state in (State.PARKED, State.PUSHING, State.WAITING):
         assert client.connection.state is State.OWNED
         assert sent == [(WORKER, msgpack.unpackb(build_grant(1, 1)))]
@@ -799,7 +819,7 @@ async def test_the_end_comes_behind_everything_that_was_sent(bench):
 
 
 async def test_a_dead_worker_s_last_events_are_delivered_before_the_refusal(bench):
-    paused, idle = await bench.owned(), await bench.owned()
+    paused, idle = await bench.owned("http"), await bench.owned("http")
     elsewhere = bench.open()
     await bench.answer("push", b"element")
     bench.frame(build_claim(number_of(elsewhere), 1), OTHER)
@@ -814,7 +834,7 @@ async def test_a_dead_worker_s_last_events_are_delivered_before_the_refusal(benc
 
 
 async def test_a_client_may_end_others_while_it_is_told_that_its_worker_died(bench):
-    clients = [await bench.owned() for _ in range(5)]
+    clients = [await bench.owned("http") for _ in range(5)]
     for client in clients:
         client.refused = lambda refusal: [other.connection.client_gone(GOODBYE) for other in clients]
     bench.connections.peer_ended(WORKER, "gone")
@@ -838,7 +858,7 @@ async def test_a_client_that_fails_ends_only_its_own_connection(bench, caplog):
 
 
 async def test_a_client_that_fails_keeps_nobody_from_hearing_of_a_dead_worker(bench, caplog):
-    clients = [await bench.owned() for _ in range(3)]
+    clients = [await bench.owned("http") for _ in range(3)]
     for client in clients:
         client.refused = lambda refusal: 1 / 0
     bench.connections.peer_ended(WORKER, "it died")
@@ -912,9 +932,9 @@ async def test_a_congested_link_stops_the_reading_until_it_has_room(bench):
 
 
 async def test_a_worker_that_dies_while_its_link_is_congested(bench):
-    client = await bench.owned()
+    client = await bench.owned("http")
     bench.layer.congested.add(WORKER)
-    client.connection.send_event({"type": "websocket.receive", "text": "1"})
+    client.connection.send_event({"type": "http.request", "body": b"1"})
     bench.connections.peer_ended(WORKER, "killed")
     assert client.log == ["pause", Refusal.WORKER_LOST]
     assert bench.connections._waiting_for_link == {}

@@ -389,7 +389,7 @@ async def test_a_frame_of_another_epoch_is_not_for_this_instance(bench: Bench) -
     assert bench.application.scopes == []
 
 
-@pytest.mark.parametrize("frame", [[int(FrameKind.CLAIM), 1, 1], [int(FrameKind.SUSPEND), 1, 1], [99]])
+@pytest.mark.parametrize("frame", [[int(FrameKind.CLAIM), 1, 1], [int(FrameKind.STATE), 1, 1], [99]])
 async def test_frames_that_are_not_for_workers_are_counted(bench: Bench, frame: list[Any]) -> None:
     bench.process.frame_received(INTERFACE, frame)
     assert bench.process.statistics().unreadable_count == 1
