@@ -306,12 +306,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
         metavar="S",
         field="ws_ping_timeout_s",
         help="close the connection if a ping is not answered in this time (20; 0: never)",
+    ),
     Option(
         flag="ws-per-message-deflate",
         commands=SOCKETS,
         convert=None,
         help="compress WebSocket messages of 256 bytes and more, with clients that offer it (off)",
-    ),
     ),
     Option(
         flag="ws-handshake-timeout",
@@ -342,6 +342,9 @@ OPTIONS: Final[tuple[Option, ...]] = (
         commands=SOCKETS,
         convert=_integer(65536),
         metavar="BYTES",
+        field="client_buffer_bytes_max",
+        help="broadcasts waiting for one client (1048576); above it: close 1013",
+    ),
     Option(
         flag="handover",
         commands=SOCKETS,
@@ -357,9 +360,6 @@ OPTIONS: Final[tuple[Option, ...]] = (
         metavar="S",
         field="handover_timeout_s",
         help="a WebSocket that no other worker goes on with in this time is closed, 1012 (30)",
-    ),
-        field="client_buffer_bytes_max",
-        help="broadcasts waiting for one client (1048576); above it: close 1013",
     ),
     Option(
         flag="buffer-memory",
