@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import struct
 
 import pytest
 import uvloop
@@ -27,17 +28,34 @@ class WatchedLoop:
         self.loop.add_writer(*arguments)
 
 
+class WatchedSocket:
+    """A socket, but it counts who sends, and fails if it is told to."""
+
+    def __init__(self, real):
+        self.real = real
+        self.send_count = 0
+        self.failure = None
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def send(self, data):
+        self.send_count += 1
+        if self.failure is not None:
+            raise self.failure
+        return self.real.send(data)
+
+
 class Server(Protocol):
     def connectionMade(self):
         self.factory.made.append(self)
-        self.send_count = 0
-        real = self.transport.writeSomeData
+        self.socket = self.transport.socket = WatchedSocket(self.transport.socket)
+        self.read = []
 
-        def write_some_data(data):
-            self.send_count += 1
-            return real(data)
-
-        self.transport.writeSomeData = write_some_data
+    def dataReceived(self, data):
+        self.read.append(data)
+        if data == b"fault":
+            raise RuntimeError("a fault of the protocol")
 
     def connectionLost(self, reason):
         self.factory.lost.append(self)
@@ -122,10 +140,10 @@ def test_writes_of_a_turn_leave_at_its_end_in_one_send_and_nobody_is_registered(
         client, server = await setting.connect()
         for word in (b"one ", b"two ", b"three"):
             server.transport.write(word)
-        assert server.send_count == 0
+        assert server.socket.send_count == 0
         assert server.transport in setting.reactor.getWriters()
         assert await setting.read(client, 13) == b"one two three"
-        assert server.send_count == 1
+        assert server.socket.send_count == 1
         assert setting.watched.add_writer_count == 0
         assert server.transport not in setting.reactor.getWriters()
 
@@ -148,6 +166,43 @@ def test_a_socket_that_does_not_take_everything_is_registered_and_gets_it_in_ord
         assert await setting.read(client, 4) == b"more"
 
     run(main)
+
+
+def test_a_short_write_that_the_socket_takes_in_part(run):
+    async def main(setting):
+        client, server = await setting.connect()
+        server.transport.getHandle().setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        expected = bytearray()
+        number = 0
+        while not setting.watched.add_writer_count:
+            expected += (data := b"%07d\n" % number * 500)
+            server.transport.write(data)
+            number += 1
+            await asyncio.sleep(0)
+        server.transport.write(b"the end")
+        expected += b"the end"
+        assert await setting.read(client, len(expected)) == expected
+        await setting.until(lambda: setting.reactor.getWriters() == [])
+
+    run(main)
+
+
+def test_what_is_read_and_how_it_ends(run, caplog):
+    async def main(setting):
+        clients = [await setting.connect() for _ in range(3)]
+        for (client, _), word in zip(clients, (b"one", b"two", b"fault"), strict=True):
+            await setting.loop.sock_sendall(client, word)
+        (polite, first), (rude, second), (_, third) = clients
+        await setting.until(lambda: setting.factory.lost == [third])
+        await setting.until(lambda: first.read == [b"one"] and second.read == [b"two"])
+        polite.close()
+        await setting.until(lambda: setting.factory.lost == [third, first])
+        rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        rude.close()
+        await setting.until(lambda: setting.factory.lost == [third, first, second])
+
+    run(main)
+    assert "a fault of the protocol" in caplog.text
 
 
 def test_what_a_producer_writes_when_it_is_resumed_leaves_too(run):
@@ -191,7 +246,7 @@ def test_a_socket_lost_before_its_turn_is_not_written_to(run):
         server.transport.write(b"never")
         server.transport.abortConnection()
         await setting.until(lambda: setting.factory.lost == [server])
-        assert server.send_count == 0
+        assert server.socket.send_count == 0
         assert setting.reactor.getWriters() == []
 
     run(main)
@@ -202,7 +257,7 @@ def test_a_fault_of_one_socket_does_not_keep_the_others_from_writing(run, caplog
         _, first = await setting.connect()
         client, second = await setting.connect()
         setting.factory.lost_raises = True
-        first.transport.writeSomeData = lambda data: OSError("gone")
+        first.socket.failure = OSError("gone")
         first.transport.write(b"nowhere")
         second.transport.write(b"here")
         assert await setting.read(client, 4) == b"here"
