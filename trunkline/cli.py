@@ -209,7 +209,8 @@ def _process_specs(options: argparse.Namespace, listening: socket.socket | None)
     if options.command in ("serve", "worker"):
         command = [*python, "worker", options.app, "--workers=1", *render_flags(options, "worker")]
         specs += [
-            ProcessSpec(role=Role.WORKER, number=n, command=command) for n in range(1, (options.workers or 1) + 1)
+            ProcessSpec(role=Role.WORKER, number=n, command=command, environment=render_secrets(options, "worker"))
+            for n in range(1, (options.workers or 1) + 1)
         ]
     return specs
 

@@ -293,8 +293,8 @@ def test_starlette_websockets(box):
 def test_starlette_ends_its_lifespan(box, cards):
     assert box.stop() == 0
     assert "the box is closed" in box.output
-    # Starlette's endpoint also raises, behind its close with 1003, for the message that was no JSON: an error, and the
-    # one that caused it.
+    # Starlette's endpoint also raises, behind its close with 1003, for the message that was no JSON: an error, and
+    # the one that caused it.
     expected = ("this endpoint fails on purpose", "Malformed JSON data received.", "JSONDecodeError")
     assert [len(re.findall(rf"^\S+: {text}", box.output, re.M)) for text in expected[:2]] == [1, 1]
     assert box.output.count("Traceback") == len(expected)
