@@ -101,6 +101,8 @@ class RedisChannelLayer(ChannelsBackend):
         self._urls = None if hosts is None or hosts in ([], ()) else build_urls(hosts)
         for url in self._urls or ():
             parse_broker_url(url)  # a wrong one is told now, not at the first call
+        if self._urls is not None and len(self._urls) > 1:
+            raise ValueError(f"hosts names {len(self._urls)} brokers: sharding is not supported yet, give one")
         self._cipher = None if symmetric_encryption_keys is None else Cipher(symmetric_encryption_keys)
         self._notices = (_message_type("on_disconnect", on_disconnect), _message_type("on_reconnect", on_reconnect))
         self._prefix = prefix

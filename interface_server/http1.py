@@ -48,6 +48,7 @@ from interface_server.end_watch import EndWatch, unread_bytes
 from interface_server.http2 import PREFACE, Http2Connection
 from interface_server.http_client import HttpClient
 from interface_server.protocol.actions import End
+from interface_server.protocol.body_pace import BodyPace
 from interface_server.protocol.errors import BadRequest
 from interface_server.protocol.http_exchange import HttpExchange, build_plain_response
 from interface_server.protocol.proxy_headers import ProxyHeaders
@@ -203,6 +204,7 @@ class Http1Protocol(Protocol):
         self._write_watch: WriteWatch | None = None  # from connectionMade on
         self._is_first = True  # no request has been read yet
         self._waits_for_head = False  # its deadline is that of a head that has begun
+        self._pace: BodyPace | None = None  # of a body that has not come whole
         self._dropped_bytes = 0  # in DRAIN, LINGER
         self._unwritten_bytes = 0  # in LINGER and CLOSED, at the last deadline
 
@@ -342,8 +344,7 @@ class Http1Protocol(Protocol):
             else:
                 self.abort()
         elif phase is Phase.EXCHANGE:
-            assert self._client is not None
-            self._client.bad_request(BadRequest(408, "the rest of the body did not come in time"))
+            self._body_late()
         elif phase is Phase.DRAIN:
             self._close()
         elif phase is Phase.LINGER or phase is Phase.CLOSED:
@@ -500,10 +501,18 @@ class Http1Protocol(Protocol):
         elif phase is Phase.DRAIN:
             if self.deadline_tick is None:  # once for all of it, as for a head
                 factory.deadlines.arm(self, settings.header_timeout_s)
-        elif settings.body_timeout_s > 0:
+        elif self._pace is not None:
             assert self._client is not None
             if not self._client.exchange.owes_continue:  # a client that waits for us is not late
-                factory.deadlines.arm(self, settings.body_timeout_s)
+                left_s = self._pace.wait(factory.deadlines.clock())
+                if left_s == 0:
+                    self._body_late()
+                elif left_s is not None:
+                    factory.deadlines.arm(self, left_s)
+
+    def _body_late(self) -> None:
+        assert self._client is not None
+        self._client.bad_request(BadRequest(408, "the rest of the body did not come in time"))
 
     def _await_application(self) -> None:
         """The client has no more to do; a deadline is set only if nobody knows whether it still waits."""
@@ -527,7 +536,9 @@ class Http1Protocol(Protocol):
             self._upgrade(head, peer)
             return
         first: BodyPiece | None = None
+        self._pace = None
         if not reader.body_is_complete:
+            self._pace = BodyPace(silence_s=factory.settings.body_timeout_s, rate=factory.settings.body_rate)
             event = reader.next_event()  # BadRequest here: nobody has been asked yet
             assert event is None or isinstance(event, BodyPiece)
             first = event
@@ -569,6 +580,8 @@ class Http1Protocol(Protocol):
         assert client.connection is not None
         exchange = client.exchange
         exchange.apply_body_begun()
+        if self._pace is not None:
+            self._pace.received(len(piece.data), self.factory.deadlines.clock())
         if piece.is_last:
             exchange.request_is_complete = True
             self._await_application()
@@ -645,6 +658,8 @@ class Http1Protocol(Protocol):
             # A client's silence is not its fault while we do not listen.
             if phase is Phase.EXCHANGE:
                 self.factory.deadlines.disarm(self)
+                if self._pace is not None:
+                    self._pace.stop(self.factory.deadlines.clock())
             self._watch_end()
             self.transport.pauseProducing()
 

@@ -18,6 +18,7 @@ from h2.errors import ErrorCodes
 
 from interface_server.http_client import HttpClient
 from interface_server.protocol.actions import End
+from interface_server.protocol.body_pace import BodyPace
 from interface_server.protocol.errors import BadRequest
 from interface_server.protocol.http2_exchange import Data, Fields, Http2Exchange
 from interface_server.protocol.http2_machine import STREAM_WINDOW_BYTES
@@ -59,6 +60,7 @@ class Http2Stream:
         "_is_ended",
         "_is_paused",
         "_offset",
+        "_pace",
         "_received_bytes",
         "_request_ended",
         "_sent_bytes",
@@ -89,6 +91,8 @@ class Http2Stream:
         self._is_paused = False  # the application waits
         self._application_is_full = False  # its window for the body is used up
         self._waits_for_100 = False  # the client sends no body before it
+        settings = connection.factory.settings
+        self._pace = BodyPace(silence_s=settings.body_timeout_s, rate=settings.body_rate)  # of the request's body
         self._received_bytes = 0  # of DATA, not granted again yet
         self._sent_bytes = 0
         self._sent_bytes_before = 0  # at the last deadline
@@ -141,6 +145,7 @@ class Http2Stream:
         elif self._client is not None and (data or is_last):
             client = self._client
             self._waits_for_100 = False
+            self._pace.received(len(data), self._connection.factory.deadlines.clock())
             client.exchange.apply_body_begun()
             if is_last:
                 self._request_ended = client.exchange.request_is_complete = True
@@ -340,15 +345,21 @@ class Http2Stream:
             else:
                 self._arm()
         elif self._client is not None and not self._request_ended and not self._application_is_full:
-            self._connection.factory.timeout_count += 1
-            self._client.bad_request(BadRequest(408, "the rest of the body did not come in time"))
+            self._body_late()
+
+    def _body_late(self) -> None:
+        assert self._client is not None
+        self._connection.factory.timeout_count += 1
+        self._client.bad_request(BadRequest(408, "the rest of the body did not come in time"))
 
     def _arm(self) -> None:
         """Give the client time for what is its turn now."""
         factory = self._connection.factory
+        left_s: float | None
         if self.is_over:
             factory.deadlines.disarm(self)
         elif self.held_bytes:
+            self._pace.stop(factory.deadlines.clock())
             if self.deadline_tick is None or self._sent_bytes != self._sent_bytes_before:
                 self._sent_bytes_before = self._sent_bytes
                 timeout_s = factory.settings.write_timeout_s
@@ -361,11 +372,15 @@ class Http2Stream:
             and not self._request_ended
             and not self._application_is_full
             and not self._waits_for_100
-            and factory.settings.body_timeout_s > 0
+            and (left_s := self._pace.wait(factory.deadlines.clock())) is not None
         ):
-            factory.deadlines.arm(self, factory.settings.body_timeout_s)
+            if left_s == 0:
+                self._body_late()
+            else:
+                factory.deadlines.arm(self, left_s)
         else:
             factory.deadlines.disarm(self)
+            self._pace.stop(factory.deadlines.clock())
 
 
 class StreamTransport(OwnTransport):

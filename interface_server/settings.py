@@ -74,6 +74,8 @@ class InterfaceSettings:
     keep_alive_timeout_s: float = 5.0  # an idle connection is closed after it
     header_timeout_s: float = 30.0  # a head that is not complete by then: 408 and close
     body_timeout_s: float = 60.0  # longest silence within a request body we want to read: 408 and close; 0: no limit
+    # Bytes a second that win that time back; a body that is slower for long is a 408, too (protocol/body_pace.py).
+    body_rate: int = 64  # 0: a byte wins all of it back, so a body may trickle
     # A client that takes nothing for so long while its socket is full: the socket is dropped, or the HTTP/2 stream is
     # reset (write_watch.py); WebSockets, too. 0: no limit.
     write_timeout_s: float = 120.0
@@ -143,6 +145,7 @@ class InterfaceSettings:
             "keep_alive_timeout_s",
             "body_timeout_s",
             "write_timeout_s",
+            "body_rate",
             "ws_ping_interval_s",
             "ws_ping_timeout_s",
             "ws_close_timeout_s",

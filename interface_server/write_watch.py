@@ -43,8 +43,8 @@ class WriteWatch:
         return f"<WriteWatch {'watches' if self.deadline_tick is not None else 'rests'} unsent={self._unsent_bytes}>"
 
     def start(self) -> None:
-        """The transport is full."""
-        if self._timeout_s:
+        """The transport is full. Twisted says so again with each write, of a ping say: it is the same fullness."""
+        if self._timeout_s and self.deadline_tick is None:
             self._unsent_bytes = unsent_bytes(self._transport)
             self._deadlines.arm(self, self._timeout_s)
 

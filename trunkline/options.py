@@ -276,6 +276,21 @@ OPTIONS: Final[tuple[Option, ...]] = (
         help="longest time for a client to send the head of a request (30)",
     ),
     Option(
+        flag="timeout-body",
+        commands=SOCKETS,
+        convert=_seconds(zero_is_off=True),
+        metavar="S",
+        field="body_timeout_s",
+        help="longest silence of a client within the body of its request (60; 0: any)",
+    ),
+    Option(
+        flag="body-rate",
+        commands=SOCKETS,
+        convert=_integer(0),
+        metavar="BYTES",
+        help="bytes a second at which the body of a request must come in the long run (64; 0: any)",
+    ),
+    Option(
         flag="timeout-write",
         commands=SOCKETS,
         convert=_seconds(zero_is_off=True),

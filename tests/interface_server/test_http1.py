@@ -885,6 +885,45 @@ def test_a_socket_that_says_nothing_is_closed() -> None:
     assert world.take() == b""
 
 
+def test_a_body_that_trickles_gets_a_408_and_one_that_is_only_slow_does_not() -> None:
+    for size, lives in ((1, False), (16, True)):
+        world = World(body_timeout_s=10)
+        world.feed(post(100_000))
+        for _ in range(120):
+            world.advance(0.25)  # more often than the timer ticks
+            if world.calls:
+                break
+            world.feed(b"x" * size)
+        assert (not world.calls) is lives
+        assert world.take().startswith(b"" if lives else b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_reads_nothing_is_dropped() -> None:
+    world = World(write_timeout_s=20)
+    world.feed(GET)
+    world.last.respond(b"x" * 100_000, more=True)
+    world.transport._tempDataLen = 100_000
+    world.protocol.pauseProducing()
+    world.advance(18)
+    world.transport._tempDataLen = 50_000
+    world.advance(10)
+    assert world.calls == []
+    world.advance(22)
+    assert world.calls == ["abort"]
+    assert world.last.last_event == {"type": "http.disconnect"}
+    assert world.factory.statistics().timeouts_total == 1
+
+
+def test_the_write_timeout_ends_with_what_waited() -> None:
+    world = World(write_timeout_s=20)
+    world.feed(GET)
+    world.last.respond(more=True)
+    world.protocol.pauseProducing()
+    world.protocol.resumeProducing()
+    world.advance(60)
+    assert world.calls == []
+
+
 def test_a_head_that_drips_gets_a_408() -> None:
     world = World(header_timeout_s=10)
     for _ in range(11):
@@ -924,10 +963,11 @@ def test_no_keep_alive() -> None:
 
 def test_a_body_that_stalls() -> None:
     world = World(body_timeout_s=10)
-    world.feed(post(5))
-    for byte in (b"h", b"e", b"l"):
+    world.feed(post(5000))
+    for _ in range(3):
         world.advance(9)
-        world.feed(byte)
+        world.feed(bytes(1000))
+        assert world.calls == []
     world.advance(11)
     assert world.last.calls == ["gone"]
     assert world.take().startswith(b"HTTP/1.1 408 ")

@@ -155,7 +155,7 @@ def test_a_body_that_does_not_come_is_a_408_for_its_stream() -> None:
     world = Http2World(body_timeout_s=5)
     slow = world.request(method="POST", ends=False)
     world.advance(3)
-    world.client.send_data(slow, b"x")
+    world.client.send_data(slow, bytes(1000))
     world.request("/other", method="POST")
     world.advance(4)
     assert of_kind(world.exchange(), ResponseReceived) == []
@@ -303,3 +303,16 @@ async def test_the_client_s_end_of_a_websocket(is_reset: bool) -> None:
     world.exchange()
     assert websocket.calls == ["lost"]
     assert world.server.streams == {}
+
+
+def test_a_body_that_trickles_is_a_408_for_its_stream() -> None:
+    world = Http2World(body_timeout_s=5)
+    slow = world.request(method="POST", ends=False)
+    for _ in range(8):
+        world.advance(1)
+        world.client.send_data(slow, b"x")
+        events = world.exchange()
+        if of_kind(events, ResponseReceived):
+            break
+    (response,) = of_kind(events, ResponseReceived)
+    assert dict(response.headers)[b":status"] == b"408"
