@@ -13,11 +13,12 @@ What there is to see, and where:
     project/settings.py      the one line for the channel layer; nothing else knows of Trunkline
     project/asgi.py          HTTP to Django, WebSockets to consumers, with sessions and users
     board/views.py           sync and async views, forms, ORM, sessions, login, uploads, streaming
-    board/consumers.py       sync, async and JSON consumers, groups, scope["user"], database access
+    board/consumers.py       sync, async and JSON consumers, groups, scope["user"], database access, background work
 
 Static files are WhiteNoise's. Data (SQLite, uploads) is in ./data, or in the directory that BOARD_DATA names. With
-several workers they share the SQLite file; a busy site takes PostgreSQL. The same views without WebSockets, in
-threads: ``trunkline serve project.wsgi:application --interface wsgi``.
+several workers they share the SQLite file; a busy site takes PostgreSQL. Reports are written by a worker of their
+own, beside the others: ``trunkline worker project.asgi:application --redis … --channel reports``. The same views
+without WebSockets, in threads: ``trunkline serve project.wsgi:application --interface wsgi``.
 """
 
 import os

@@ -12,7 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from tests.system.processes import ROOT, Served
+from tests.system.processes import ROOT, Command, Served
 
 SITE = ROOT / "examples" / "django_site"
 PASSWORD = "correct horse battery staple"
@@ -182,6 +182,24 @@ def test_consumers_know_the_user_and_the_database(site):
             assert authors.close_code == 1000
         with pytest.raises(Exception, match="HTTP 403"), stranger.socket("/ws/authors"):
             pass
+
+
+def test_reports_are_written_in_the_background(site, data):
+    flags = ("--redis", site.redis_url, "--channel", "reports")
+    with Visitor(site, "grace") as grace, contextlib.ExitStack() as stack:
+        boards = [stack.enter_context(grace.socket("/ws/board")) for _ in range(3)]
+        boards[0].send(json.dumps({"text": "three more words"}))
+        for board in boards:
+            assert read(board) == {"welcome": "grace"}
+            assert read(board)["text"] == "three more words"
+            board.send(json.dumps({"report": True}))  # it waits in its channel: nobody writes reports yet
+        with Command("worker", "project.asgi:application", *flags, cwd=SITE, env={"BOARD_DATA": str(data)}) as worker:
+            reports = [read(board)["report"] for board in boards]
+            assert worker.stop() == 0
+            assert "Traceback" not in worker.output
+    assert len(set(reports)) == 1
+    notices, words = map(int, re.fullmatch(r"(\d+) notices, (\d+) words", reports[0]).groups())
+    assert words >= notices + 2
 
 
 def test_a_page_of_another_origin_gets_no_socket(site):

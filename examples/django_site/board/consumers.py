@@ -1,6 +1,7 @@
 """Consumers of every kind. Synchronous handlers run in a thread, asynchronous ones on the worker's loop."""
 
 from asgiref.sync import async_to_sync
+from channels.consumer import SyncConsumer
 from channels.db import database_sync_to_async
 from channels.generic.websocket import AsyncJsonWebsocketConsumer, JsonWebsocketConsumer, WebsocketConsumer
 
@@ -22,11 +23,19 @@ class BoardConsumer(AsyncJsonWebsocketConsumer):
         if not user.is_authenticated:
             await self.send_json({"error": "log in first"})
             return
+        if "report" in content:
+            # Work for a process of its own: ``trunkline worker project.asgi:application --channel reports``.
+            order = {"type": "make", "author": user.pk, "answer_to": self.channel_name}
+            await self.channel_layer.send("reports", order)
+            return
         notice = await Notice.objects.acreate(author=user, text=content["text"])
         await self.channel_layer.group_send("board", describe(notice, user.username))
 
     async def notice_pinned(self, event):
         await self.send_json({"id": event["id"], "author": event["author"], "text": event["text"]})
+
+    async def report_made(self, event):
+        await self.send_json({"report": event["text"]})
 
 
 class SearchConsumer(JsonWebsocketConsumer):
@@ -66,3 +75,13 @@ class AuthorsConsumer(AsyncJsonWebsocketConsumer):
     @database_sync_to_async
     def authors(self):
         return sorted(Notice.objects.values_list("author__username", flat=True).distinct().order_by())
+
+
+class ReportConsumer(SyncConsumer):
+    """Background work: one message after the other, however long each takes."""
+
+    def make(self, message):
+        notices = Notice.objects.filter(author_id=message["author"])
+        words = sum(len(text.split()) for text in notices.values_list("text", flat=True))
+        answer = {"type": "report.made", "text": f"{notices.count()} notices, {words} words"}
+        async_to_sync(self.channel_layer.send)(message["answer_to"], answer)

@@ -8,3 +8,4 @@ websocket_urlpatterns = [
     path("ws/count", consumers.CountConsumer.as_asgi()),
     path("ws/authors", consumers.AuthorsConsumer.as_asgi()),
 ]
+channel_names = {"reports": consumers.ReportConsumer.as_asgi()}
