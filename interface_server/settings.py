@@ -85,19 +85,19 @@ class InterfaceSettings:
 
     # WebSocket.
     ws_max_size_bytes: int = 16 * 1024 * 1024  # a larger message of a client: close 1009
+    ws_per_message_deflate: bool = False  # compress messages with clients that offer it (RFC 7692)
     ws_ping_interval_s: float = 20.0  # 0: no pings
     ws_ping_timeout_s: float = 20.0  # no answer in time: the connection is dropped (1006); 0: wait for ever
-    ws_per_message_deflate: bool = False  # compress messages with clients that offer it (RFC 7692)
     ws_handshake_timeout_s: float = 30.0  # neither accept nor close by then: 504
     ws_close_timeout_s: float = 5.0  # the closing handshake; then the socket is dropped
 
-    # Openings: connections that wait for a worker.
-    queue_timeout_s: float = 30.0  # not taken by then: removed and 503 (close 1013)
     # WebSockets whose worker stops or dies: "checkpoint" hands those over whose application stored a checkpoint,
     # "always" starts all others anew, "never" does not offer the extension. Else: close 1012.
     handover: str = "checkpoint"
     handover_timeout_s: float = 30.0  # no other worker has it by then: close 1012
 
+    # Openings: connections that wait for a worker.
+    queue_timeout_s: float = 30.0  # not taken by then: removed and 503 (close 1013)
     opening_capacity: int = 4096  # of each of the two channels, over all interface servers; a full one is 503 at once
 
     # Flow control, per connection.

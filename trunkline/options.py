@@ -307,6 +307,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
         help="largest WebSocket message of a client (16777216; 256 MiB at most); above it: close 1009",
     ),
     Option(
+        flag="ws-per-message-deflate",
+        commands=SOCKETS,
+        convert=None,
+        help="compress WebSocket messages of 256 bytes and more, with clients that offer it (off)",
+    ),
+    Option(
         flag="ws-ping-interval",
         commands=SOCKETS,
         convert=_seconds(zero_is_off=True),
@@ -323,18 +329,28 @@ OPTIONS: Final[tuple[Option, ...]] = (
         help="close the connection if a ping is not answered in this time (20; 0: never)",
     ),
     Option(
-        flag="ws-per-message-deflate",
-        commands=SOCKETS,
-        convert=None,
-        help="compress WebSocket messages of 256 bytes and more, with clients that offer it (off)",
-    ),
-    Option(
         flag="ws-handshake-timeout",
         commands=SOCKETS,
         convert=_seconds(),
         metavar="S",
         field="ws_handshake_timeout_s",
         help="longest time for the application to accept a WebSocket, waiting for a worker included (30)",
+    ),
+    Option(
+        flag="handover",
+        commands=SOCKETS,
+        convert=_one_of("checkpoint", "always", "never"),
+        metavar="WHICH",
+        help="which WebSockets go on in another worker when theirs stops or dies: those that stored a checkpoint, "
+        "always all (others begin anew), never any (checkpoint)",
+    ),
+    Option(
+        flag="handover-timeout",
+        commands=SOCKETS,
+        convert=_seconds(),
+        metavar="S",
+        field="handover_timeout_s",
+        help="a WebSocket that no other worker goes on with in this time is closed, 1012 (30)",
     ),
     Option(
         flag="queue-timeout",
@@ -359,22 +375,6 @@ OPTIONS: Final[tuple[Option, ...]] = (
         metavar="BYTES",
         field="client_buffer_bytes_max",
         help="broadcasts waiting for one client (1048576); above it: close 1013",
-    ),
-    Option(
-        flag="handover",
-        commands=SOCKETS,
-        convert=_one_of("checkpoint", "always", "never"),
-        metavar="WHICH",
-        help="which WebSockets go on in another worker when theirs stops or dies: those that stored a checkpoint, "
-        "always all (others begin anew), never any (checkpoint)",
-    ),
-    Option(
-        flag="handover-timeout",
-        commands=SOCKETS,
-        convert=_seconds(),
-        metavar="S",
-        field="handover_timeout_s",
-        help="a WebSocket that no other worker goes on with in this time is closed, 1012 (30)",
     ),
     Option(
         flag="buffer-memory",
