@@ -211,6 +211,8 @@ class RedisProcessLayer(ChannelsBackend):
         self._dead: dict[str, float] = {}
         # What the broker had refused at the last look, while there are suspects.
         self._refusal_count: int | None = None
+        # When the newest message to ourselves left that has come back (probe()); None: none has yet.
+        self.proved_at: float | None = None
         self._was_reachable = False
         self._absence_count = 0
         self._absences_seen = 0
@@ -352,6 +354,22 @@ class RedisProcessLayer(ChannelsBackend):
         lease = self._started().lease
         if lease is not None:
             lease.update(encode_lease(Lease(role=self.role, version=self._version, load=load, room=room)))
+
+    def probe(self) -> None:
+        """Send a message to ourselves through the broker; ``proved_at`` tells when one left that has come back.
+
+        For health checks: whoever gets its own messages gets those of others. Does nothing while the broker is away.
+        """
+        parts = self._parts
+        if parts is None or parts.inbox is None or not self._broker.reachable:
+            return
+        parts.writer.push_unasked(
+            self.keys.mail(self.process_id),
+            # Its time is in its token; below 0, where liveness.py has none.
+            mail.build_probe(-int(parts.loop.time() * 1000)),
+            capacity=-1,
+            expiry_ms=self._expiry_ms,
+        )
 
     def _started(self) -> _Parts:
         parts = self._parts
@@ -797,7 +815,10 @@ class RedisProcessLayer(ChannelsBackend):
             self._forget_all(parts)
             self._answer_letter(fields[1], fields[0], True)
         elif kind == LetterKind.PROBE:
-            parts.liveness.probe_returned(fields[0])
+            if fields[0] < 0:
+                self.proved_at = max(-fields[0] / 1000, self.proved_at or 0.0)
+            else:
+                parts.liveness.probe_returned(fields[0])
         else:
             self._letter_unknown_count += 1
 
