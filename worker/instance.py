@@ -63,9 +63,9 @@ __all__ = ["Instance", "InstanceStatistics", "Link", "Phase", "describe_wait"]
 
 logger = logging.getLogger("trunkline.worker")
 
-# The reply channel and the epoch of the WebSocket whose application runs here, also for tasks that it leaves behind:
-# what they do to the channel's groups is fenced by the epoch they were started under.
-CURRENT_CONNECTION: Final[contextvars.ContextVar[tuple[str, int]]] = contextvars.ContextVar("CURRENT_CONNECTION")
+# The WebSocket whose application runs here; also for tasks that it leaves behind. What they do to the groups of its
+# reply channel is fenced by the epoch they were started under, and handover.py finds it.
+CURRENT_INSTANCE: Final[contextvars.ContextVar[Instance]] = contextvars.ContextVar("CURRENT_INSTANCE")
 
 # Enough to see which line of the application called which library; a whole chain through middleware is a page.
 _WAIT_FRAMES_SHOWN: Final = 4
@@ -122,6 +122,7 @@ class Instance:
         "_answer",
         "_application",
         "_arrived",
+        "_asking",
         "_close_timeout_s",
         "_close_timer",
         "_context",
@@ -130,10 +131,12 @@ class Instance:
         "_incoming",
         "_is_cancelled",
         "_is_claimed",
+        "_is_commit",
         "_is_frozen",
         "_is_handover",
         "_is_held",
         "_is_shut_down",
+        "_latest_state",
         "_link",
         "_loop",
         "_moved",
@@ -200,6 +203,9 @@ class Instance:
         self._is_handover = opening.is_handover  # it had an owner: adopt() will come, not grant()
         self._moving: Moving | None = None  # None: no checkpoint yet, and the worker does not stop
         self._moved: Callable[[Instance, bool], None] | None = None  # told whether it was given away
+        self._latest_state: Callable[[], Any] | None = None  # asked when the worker stops, in place of receive()
+        self._is_commit = False  # as of the last store_state()
+        self._asking: asyncio.Task[None] | None = None  # asks it
         self._is_frozen = False  # nothing is received or sent until the interface server has said who has it
         # Messages that receive() has returned, as the interface server counts them: without websocket.connect.
         self._received_count = 0 if opening.first_event is None else -1
@@ -282,7 +288,7 @@ class Instance:
         # A context of its own for each instance (a copy), whichever frame happened to start it.
         context = self._context.copy() if self._context is not None else None
         if context is not None and self.protocol == "websocket":
-            context.run(CURRENT_CONNECTION.set, (self.reply_channel, self.epoch))
+            context.run(CURRENT_INSTANCE.set, self)
         self._task = self._loop.create_task(self._run(), name=name, context=context)
 
     def grant(self) -> None:
@@ -353,8 +359,12 @@ class Instance:
             self._moving = Moving()
         self._moved = moved
         if self._moving.begin():
-            self._arrived.insert(0, (REQUEST, 0))
-            self._wake_receivers()
+            if self._latest_state is None:
+                self._arrived.insert(0, (REQUEST, 0))
+                self._wake_receivers()
+            else:
+                self._moving.request_read()
+                self._asking = self._loop.create_task(self._ask(self._latest_state))
             return True
         if self._receivers:
             self._freeze_if_still()
@@ -444,6 +454,28 @@ class Instance:
             self._task.add_done_callback(lambda task: self._application_ended(Outcome.CANCELLED))
         self._is_cancelled = True
         self._task.cancel()
+
+    # Called by handover.py, for the application
+
+    @property
+    def takes_checkpoints(self) -> bool:
+        return (
+            self.phase is Phase.RUNNING
+            and self._refusal is None
+            and self._sent.state is State.OPEN
+            and "websocket.handover" in (self.scope.get("extensions") or {})
+        )
+
+    def stored_state(self, default: Any) -> Any:
+        """What the instance before this one stored last, else ``default``."""
+        return (self.scope.get("extensions") or {}).get("websocket.handover", {}).get("state", default)
+
+    async def store_state(self, state: Any, *, commit: bool, latest: Callable[[], Any] | None) -> None:
+        """Send a checkpoint; ``latest`` is asked for another one, instead of receive(), when the worker stops."""
+        self._latest_state = latest
+        event = {"state": state, "commit": commit, "notify": latest is not None}
+        await self.send({"type": "websocket.handover.state", **event})
+        self._is_commit = commit
 
     # Called by the application
 
@@ -536,6 +568,19 @@ class Instance:
             await waiter
 
     # Inside
+
+    async def _ask(self, latest: Callable[[], Any]) -> None:
+        try:
+            state = latest()
+            if inspect.isawaitable(state):
+                state = await state
+            if self.takes_checkpoints:
+                await self.store_state(state, commit=self._is_commit, latest=latest)
+        except ClientDisconnected:
+            pass  # gone, or handed over: that is the rule
+        except Exception:
+            # It stays, until the drain ends.
+            logger.exception("%s: the application did not say what its last state is", self.describe())
 
     def _frames_of_last_checkpoint(self, state: bytes) -> Iterator[bytes]:
         yield state

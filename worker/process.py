@@ -38,7 +38,7 @@ from channel_layer.openings import Opening, decode_opening
 from channel_layer.process_layer import RedisProcessLayer
 from worker.application import Application, build_application
 from worker.background import BackgroundChannel
-from worker.instance import CURRENT_CONNECTION, Instance, Phase
+from worker.instance import CURRENT_INSTANCE, Instance, Phase
 from worker.lifespan import Lifespan, LifespanFailed
 from worker.loading import ApplicationError, load_application, prepare_import
 from worker.settings import HTTP_CHANNEL, WEBSOCKET_CHANNEL, WorkerSettings
@@ -185,9 +185,9 @@ class WorkerProcess:
 
     def epoch_of(self, channel: str) -> int:
         """The epoch of the connection with this reply channel here, or 0: group frames carry it."""
-        current = CURRENT_CONNECTION.get(None)
-        if current is not None and current[0] == channel:
-            return current[1]  # perhaps handed over since
+        current = CURRENT_INSTANCE.get(None)
+        if current is not None and current.reply_channel == channel:
+            return current.epoch  # perhaps handed over since
         instance = self._by_channel.get(channel)
         return instance.epoch if instance is not None else 0
 
