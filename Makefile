@@ -10,7 +10,7 @@ PORT ?= 8000
 # Most tests wait for processes, not for the processor.
 JOBS ?= 3
 
-.PHONY: run test style types tests compose-test bench format clean
+.PHONY: run test style types tests compose-test autobahn bench format clean
 
 run: $(VENV)/.run  ## start the chat example and print its address
 	$(BIN)/trunkline serve --app-dir examples/chat chat:application --host $(HOST) --port $(PORT) --workers 2
@@ -29,6 +29,9 @@ tests: $(VENV)/.dev
 
 compose-test: $(VENV)/.dev  ## needs a running Docker engine with Compose v2
 	TRUNKLINE_COMPOSE_TEST=1 $(BIN)/pytest -m docker --timeout 900 tests/system/test_compose.py
+
+autobahn: $(VENV)/.dev  ## the Autobahn test suite, with compression; some 20 minutes
+	$(BIN)/python -m tests.autobahn.run $(ARGS)
 
 # Servers of the comparison and ours in one environment. ARGS="--quick", ARGS="--only http,echo": see bench.py.
 bench: benchmarks/.venv/.installed benchmarks/load  ## measure against Daphne, uvicorn and granian
