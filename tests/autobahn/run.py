@@ -4,7 +4,7 @@
     python -m tests.autobahn.run --cases '[1-9].*' '10.*'     the protocol without compression, half a minute
 
 Prints a line for each group of cases and each case that failed; exit status 1 if any did. The cases are Autobahn's
-own; ``kosoku`` runs them (the original runner knows Python 2 only) and judges them as Autobahn does: a case has passed
+own; ``kosoku`` runs them (the original runner knows Python 2 only) and judges as Autobahn does: a case has passed
 if it is OK, NON-STRICT or INFORMATIONAL. Server pings are off, for the cases count what comes.
 
 Run it as a process of its own: kosoku puts modules of Autobahn's name before the real ones.
