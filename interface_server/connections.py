@@ -447,7 +447,7 @@ class Connections:
     def _release(self, peer: str, frame: Frame) -> None:
         connection = self._owned(peer, frame)
         if connection is not None:
-            is_moved = connection.release_requested() and not self._is_stopping
+            is_moved = connection.release_requested()
             self.layer.link_send(peer, build_released(connection.number, connection.epoch, is_moved))
             if is_moved:
                 self._move(connection)
@@ -505,7 +505,7 @@ class Connections:
 
     def _owner_lost(self, connection: ClientConnection) -> None:
         """Its worker is dead: DESIGN's table."""
-        if connection.state is not State.OWNED or not connection.is_alive or self._is_stopping:
+        if connection.state is not State.OWNED or not connection.is_alive:
             self._end(connection, Refusal.WORKER_LOST)
             return
         step = connection.decide_after_loss(self._clock())
@@ -520,7 +520,7 @@ class Connections:
 
     def _owner_refused(self, connection: ClientConnection) -> None:
         """Its worker lives, and does not have it (any more)."""
-        if connection.state is not State.OWNED or not connection.is_alive or self._is_stopping:
+        if connection.state is not State.OWNED or not connection.is_alive:
             self._end(connection, Refusal.WORKER_LOST)
         elif connection.is_moving:
             self._disowned(connection, connection.disown(State.MOVING))
