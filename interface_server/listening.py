@@ -1,4 +1,4 @@
-"""The socket that clients connect to: inherited, bound to an address, or a unix socket.
+"""The sockets that clients connect to: inherited, bound to an address, or unix sockets.
 
 Under ``trunkline serve`` and ``trunkline interface`` the roof binds it and hands it down (``fd``); binding by
 ourselves is for whoever runs a single interface server from Python.
@@ -6,22 +6,103 @@ ourselves is for whoever runs a single interface server from Python.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from interface_server.endpoints import Endpoint, parse_endpoint, render_adopted
 from interface_server.settings import InterfaceSettings
 
-__all__ = ["activated_descriptor", "describe", "open_listening_socket"]
+__all__ = ["Listener", "activated_descriptor", "describe", "describe_all", "open_listeners", "open_listening_socket"]
 
 _FIRST_DESCRIPTOR: Final = 3  # SD_LISTEN_FDS_START
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener:
+    """A listening socket, and what is spoken on it."""
+
+    socket: socket.socket
+    certfile: str | None  # None: no TLS
+    keyfile: str | None
+    path: str | None = None  # of a unix socket that we made; whoever closes it for good removes it
+
+    @property
+    def is_tls(self) -> bool:
+        return self.certfile is not None
+
+    def render_adopted(self) -> str:
+        """The endpoint as which another process, which has inherited the socket, listens on it."""
+        return render_adopted(self.socket.fileno(), self.certfile, self.keyfile)
+
+
+def open_listeners(settings: InterfaceSettings, environ: Mapping[str, str] = os.environ) -> list[Listener]:
+    """Return all sockets to listen on, one at least. Raises OSError whose text names the address."""
+    with contextlib.ExitStack() as opened:
+        listeners = []
+        if not settings.endpoints_only:
+            own = opened.enter_context(open_listening_socket(settings))
+            path = settings.uds if settings.fd is None else None
+            listeners.append(
+                Listener(socket=own, certfile=settings.ssl_certfile, keyfile=settings.ssl_keyfile, path=path)
+            )
+        for text in settings.endpoints:
+            endpoint = parse_endpoint(text)
+            listening = opened.enter_context(_open_endpoint(endpoint, settings, environ))
+            listeners.append(
+                Listener(socket=listening, certfile=endpoint.certfile, keyfile=endpoint.keyfile, path=endpoint.path)
+            )
+        opened.pop_all()
+    return listeners
+
+
+def describe_all(listeners: Sequence[Listener]) -> str:
+    """All addresses in words."""
+    return " and ".join(describe(listener.socket, tls=listener.is_tls) for listener in listeners)
+
+
+def _open_endpoint(endpoint: Endpoint, settings: InterfaceSettings, environ: Mapping[str, str]) -> socket.socket:
+    fd = endpoint.fd
+    if endpoint.domain is not None:
+        fd = _find_activated(endpoint, environ)
+    listening = open_listening_socket(
+        replace(
+            settings,
+            fd=fd,
+            uds=endpoint.path,
+            uds_permissions=endpoint.mode or settings.uds_permissions,
+            host=endpoint.host,
+            port=endpoint.port or 0,
+            backlog=endpoint.backlog or settings.backlog,
+        )
+    )
+    if endpoint.domain is not None and listening.family.name != f"AF_{endpoint.domain.upper()}":
+        listening.close()
+        raise OSError(f"endpoint {endpoint.text!r}: the socket of systemd is of the kind {listening.family.name[3:]}")
+    return listening
+
+
+def _find_activated(endpoint: Endpoint, environ: Mapping[str, str]) -> int:
+    """The descriptor of one of systemd's sockets (sd_listen_fds_with_names(3))."""
+    count = int(environ.get("LISTEN_FDS", "0")) if environ.get("LISTEN_PID") == str(os.getpid()) else 0
+    index = endpoint.index
+    if endpoint.name is not None:
+        names = environ.get("LISTEN_FDNAMES", "").split(":")
+        index = names.index(endpoint.name) if endpoint.name in names else count
+    if index is None or index >= count:
+        raise OSError(
+            f"endpoint {endpoint.text!r}: systemd handed over {count} sockets, and this one is not among them"
+        )
+    return _FIRST_DESCRIPTOR + index
+
+
 def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
-    """Return a listening socket. Raises OSError whose text names the address."""
+    """Return the socket of the fields fd, uds, host and port. Raises OSError whose text names the address."""
     if settings.fd is not None:
         where = f"file descriptor {settings.fd}"
     elif settings.uds is not None:

@@ -68,6 +68,10 @@ class TlsContext:
     def __repr__(self) -> str:
         return f"<TlsContext {self._settings.ssl_certfile} alpn={self._alpn} reloads={self.reload_count}>"
 
+    @property
+    def certfile(self) -> str | None:
+        return self._settings.ssl_certfile
+
     def reload(self) -> None:
         """Read the files again, for connections that come from now on. On TlsSettingsError all stays as it was."""
         self._context, self.server_certificate = _load(self._settings, self._select_protocol)

@@ -1,0 +1,130 @@
+"""Several sockets at once, in Twisted's words: each process serves all of them."""
+
+import os
+import socket
+import ssl
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from tests.certificates import Authority
+from tests.servers import free_port
+from tests.system.processes import ROOT, Command, Served
+
+APP = "tests.system.applications:application"
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    authority = Authority(tmp_path_factory.mktemp("endpoints"))
+    authority.issue("server")
+    return authority
+
+
+@pytest.mark.parametrize("interfaces", ["1", "2"])
+def test_tcp_ssl_and_unix_beside_a_port(authority, tmp_path, interfaces):
+    plain, tls, path = free_port(), free_port(), tmp_path / "app.sock"
+    files = f"privateKey={authority.directory / 'server.key'}:certKey={authority.directory / 'server.pem'}"
+    flags = (
+        *("-e", f"tcp:{plain}:interface=127.0.0.1", "--endpoint", f"ssl:{tls}:interface=127.0.0.1:{files}"),
+        *("-e", f"unix:{path}:mode=600", "--interfaces", interfaces),
+    )
+    with Served(APP, *flags) as served:
+        context = ssl.create_default_context(cafile=authority.path)
+        for _ in range(5):
+            for port in (served.port, plain):
+                scope = httpx.get(f"http://127.0.0.1:{port}/scope").json()
+                assert (scope["scheme"], scope["server"]) == ("http", ["127.0.0.1", port])
+            scope = httpx.get(f"https://localhost:{tls}/scope", verify=context).json()
+            assert (scope["scheme"], scope["server"][1]) == ("https", tls)
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+                assert client.get("http://x/scope").json()["server"] == [str(path), None]
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert f"http://127.0.0.1:{plain} and https://127.0.0.1:{tls} and unix:{path}" in served.output
+    assert not path.exists()
+
+
+def test_endpoints_alone_take_the_place_of_the_default_address():
+    port = free_port()
+    with Command("serve", APP, "-e", f"tcp:{port}:interface=127.0.0.1") as served:
+        served.wait_for(rf"serves \S+ on http://127\.0\.0\.1:{port} \(Ctrl-C")
+        assert httpx.get(f"http://127.0.0.1:{port}/").text == "hello"
+
+
+def test_in_the_environment():
+    ports = [free_port(), free_port()]
+    endpoints = "\n".join(f"tcp:{port}:interface=127.0.0.1" for port in ports)
+    with Command("serve", APP, env={"TRUNKLINE_ENDPOINT": endpoints}) as served:
+        served.wait_for("Ctrl-C")
+        for port in ports:
+            assert httpx.get(f"http://127.0.0.1:{port}/").text == "hello"
+
+
+def test_certificates_of_endpoints_are_read_again(authority, tmp_path):
+    port, directory = free_port(), authority.directory
+    files = [tmp_path / name for name in ("server.pem", "server.key")]
+    for file in files:
+        file.write_bytes((directory / file.name).read_bytes())
+    endpoint = f"ssl:{port}:interface=127.0.0.1:privateKey={files[1]}:certKey={files[0]}"
+    with Command("serve", APP, "-e", endpoint) as served:
+        served.wait_for("Ctrl-C")
+        first = ssl.get_server_certificate(("127.0.0.1", port))
+        authority.issue("server")
+        for file in files:
+            file.write_bytes((directory / file.name).read_bytes())
+        os.kill(served.process.pid, 1)
+        served.wait_for("read the certificate")
+        assert ssl.get_server_certificate(("127.0.0.1", port)) != first
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "text", "status"),
+    [
+        ("onion:80", "sockets of the kind 'onion' cannot be shared by processes; known are", 2),
+        ("ssl:0:privateKey=/nowhere.pem", "the certificate /nowhere.pem cannot be read", 2),
+        ("tcp:0:interface=203.0.113.1", "cannot listen on 203.0.113.1:0", 1),
+        ("systemd:domain=INET:index=0", "systemd handed over 0 sockets", 1),
+    ],
+)
+def test_what_cannot_be_is_one_line(endpoint, text, status):
+    with Command("serve", APP, "-e", endpoint) as command:
+        ended, output = command.wait_ended()
+    assert ended == status, output
+    (line,) = [line for line in output.splitlines() if line.startswith("trunkline: ")]
+    assert text in line
+
+
+def test_sockets_of_systemd():
+    """As its manager hands them over: descriptors from 3 on, named in the environment of that very process."""
+    script = (
+        "import os, sys\n"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2', LISTEN_FDNAMES='web:admin')\n"
+        "os.dup2(int(sys.argv[1]), 13); os.dup2(int(sys.argv[2]), 14)\n"
+        "os.dup2(13, 3); os.dup2(14, 4)\n"
+        "os.execv(sys.argv[3], sys.argv[3:])\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        ports = [listening.getsockname()[1] for listening in (first, second)]
+        descriptors = (first.fileno(), second.fileno())
+        program = os.path.join(os.path.dirname(sys.executable), "trunkline")
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", script, *map(str, descriptors), program, "serve", APP),
+                *("-e", "systemd:domain=INET:index=0", "-e", "systemd:domain=INET:name=admin"),
+            ],
+            pass_fds=descriptors,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            for line in process.stdout:
+                if "Ctrl-C" in line:
+                    break
+            assert [httpx.get(f"http://127.0.0.1:{port}/").text for port in ports] == ["hello", "hello"]
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
