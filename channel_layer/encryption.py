@@ -37,6 +37,7 @@ __all__ = [
     "Refused",
     "Undecryptable",
     "build_refusal",
+    "environment_items",
     "keys_from_environment",
     "read_keys",
 ]
@@ -185,8 +186,13 @@ def read_keys(items: Sequence[str]) -> tuple[str, ...]:
 
 
 def keys_from_environment(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """As read_keys() for the items in TRUNKLINE_ENCRYPTION_KEYS, one a line; no keys if it is not set."""
-    return read_keys([line for line in environ.get(ENVIRONMENT_VARIABLE, "").split("\n") if line])
+    """As read_keys() for the items in TRUNKLINE_ENCRYPTION_KEYS; no keys if it is not set."""
+    return read_keys(environment_items(environ))
+
+
+def environment_items(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """Return the items in TRUNKLINE_ENCRYPTION_KEYS, one a line, for read_keys()."""
+    return tuple(line for line in environ.get(ENVIRONMENT_VARIABLE, "").split("\n") if line)
 
 
 def _digest(key: object) -> bytes:

@@ -37,9 +37,11 @@ import logging
 import re
 import socket as sockets
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from channel_layer.encryption import environment_items
 from channel_layer.frames import Outcome
 from channel_layer.process_layer import RedisProcessLayer
 from interface_server import server
@@ -329,8 +331,9 @@ class OwnServer:
 def serve(protocol: type[OwnProtocol], settings: InterfaceSettings) -> int:
     """Run a server for ``protocol`` until SIGTERM or SIGINT; return the exit status, as server.run() does.
 
-    Of the settings those count that are about the broker, listening, openings and flow control. Once in a process.
-    Raises ValueError for a scope type that cannot be one.
+    Of the settings those count that are about the broker, listening, openings and flow control. Encryption keys that
+    they do not have come from TRUNKLINE_ENCRYPTION_KEYS, as for everything that is no command of ours: a server
+    without them reaches nobody. Once in a process. Raises ValueError for a scope type that cannot be one.
     """
     name = protocol.scope_type
     if not _NAME.fullmatch(name) or name in _RESERVED:
@@ -342,3 +345,5 @@ def serve(protocol: type[OwnProtocol], settings: InterfaceSettings) -> int:
 
 def _address(address: Any) -> tuple[str, int] | None:
     return (address.host, address.port) if hasattr(address, "port") else None
+    if not settings.encryption_keys:
+        settings = replace(settings, encryption_keys=environment_items())

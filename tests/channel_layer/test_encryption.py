@@ -7,17 +7,22 @@ import base64
 import hashlib
 import logging
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.fernet import Fernet
 
+from channel_layer.base import ChannelLayer
 from channel_layer.encryption import Cipher, Refused, Undecryptable, build_refusal, keys_from_environment, read_keys
 from channel_layer.frames import BlobKind, FrameKind, build_blob, build_event, build_grant
+from channel_layer.home import close_homes
 from channel_layer.openings import Opening, decode_opening, encode_opening
 from channel_layer.process_layer import RedisProcessLayer
 from channel_layer.publisher import Publisher
+from channel_layer.redis_layer import RedisChannelLayer
+from tests.channel_layer.contract import ChannelLayerContract, HeldMessages, MakePeer
 from tests.channel_layer.processes import started, until
 from tests.servers import BrokerServer
 
@@ -157,6 +162,43 @@ def test_a_file_that_is_not_there_or_empty_is_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=text) as caught:
             read_keys([f"@{tmp_path / name}"])
         assert str(tmp_path / name) in str(caught.value)
+
+
+# The contract of all layers
+
+
+@pytest.fixture
+def make_layer(broker_server: BrokerServer) -> Any:
+    async def make(**options: Any) -> ChannelLayer:
+        return RedisChannelLayer(hosts=[broker_server.url], symmetric_encryption_keys=["new", "old"], **options)
+
+    yield make
+    close_homes()
+
+
+@pytest.fixture
+async def make_peer(broker_server: BrokerServer) -> AsyncIterator[MakePeer]:
+    """A layer of another process, which encrypts with the older key."""
+    peers: list[RedisProcessLayer] = []
+
+    async def make(layer: ChannelLayer) -> ChannelLayer:
+        peer = RedisProcessLayer(broker_server.url, cipher=Cipher(["old", "new"]))
+        await peer.start()
+        peers.append(peer)
+        return peer
+
+    yield make
+    for peer in peers:
+        await peer.stop()
+
+
+@pytest.fixture
+def held_messages() -> HeldMessages:
+    return lambda layer: layer._home[1]._layer.statistics().local_channels.messages  # type: ignore[attr-defined]
+
+
+class TestContract(ChannelLayerContract):
+    """C1-C22, encrypted, between processes whose keys are being replaced."""
 
 
 # Layers
