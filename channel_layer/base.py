@@ -7,12 +7,12 @@ Nothing is implemented here.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any, Protocol
 
 from channel_layer.frames import Frame
 
-__all__ = ["ChannelLayer", "LocalDelivery", "Message", "ProcessLayer", "ProcessListener"]
+__all__ = ["ChannelLayer", "LocalDelivery", "Message", "ProcessLayer", "ProcessListener", "Stored"]
 
 Message = Mapping[str, Any]
 
@@ -83,6 +83,24 @@ class ProcessListener(Protocol):
         """The broker went away or came back. While it is away nobody is dead and timers stand still."""
 
 
+class Stored(Protocol):
+    """The part of asyncio.Future that tells how a push_opening() went."""
+
+    def add_done_callback(self, callback: Callable[[Any], object], /) -> object:
+        """Have ``callback`` called with this object when it is known; once, for one callback, and never at once."""
+
+    def __await__(self) -> Generator[Any, None, bytes]: ...
+
+    def cancelled(self) -> bool:
+        """True if nobody will ever know."""
+
+    def exception(self) -> BaseException | None:
+        """Why it was not stored."""
+
+    def result(self) -> bytes:
+        """The element."""
+
+
 class ProcessLayer(ChannelLayer, Protocol):
     """The layer of one interface server or worker, used on that process's own loop only."""
 
@@ -117,12 +135,12 @@ class ProcessLayer(ChannelLayer, Protocol):
 
     # Openings: elements of the normal channels http.request and websocket.connect
 
-    def push_opening(self, channel: str, opening: bytes, *, exempt: bool = False) -> Awaitable[bytes]:
+    def push_opening(self, channel: str, opening: bytes, *, exempt: bool = False) -> Stored:
         """Store an opening; the result is the element as the broker holds it (for find and remove).
 
         ``exempt``: also where the channel is full; for few, whose clients were let in long ago.
 
-        Fails with ChannelFull, BrokerUnavailable. A future, not a coroutine: each request would cost a task.
+        Fails with ChannelFull, BrokerUnavailable. No coroutine, for which each request would pay with a task.
         """
 
     async def take_openings(self, channel: str, count: int) -> list[bytes]:

@@ -202,6 +202,11 @@ class Broker:
         connection = self._connection
         return connection.transaction(commands) if connection is not None else self._fail()
 
+    def flush(self) -> None:
+        """Write now what was to be written at the end of the tick: for who knows that it ends here."""
+        if self._connection is not None:
+            self._connection.flush()
+
     def _fail(self) -> asyncio.Future[Any]:
         if self._loop is None:
             raise RuntimeError(f"{self!r}: call connect() first")

@@ -220,7 +220,7 @@ class BrokerConnection(asyncio.Protocol):
         if not waiting:
             self._owes_nothing_yet = True
         if not self._collected:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._collected.append(data)
         self._collected_bytes += len(data)
         self._counters.command_count += 1
@@ -229,11 +229,12 @@ class BrokerConnection(asyncio.Protocol):
         else:
             waiting.extend([answer] * answer_count)
 
-    def _flush(self) -> None:
-        if self.lost_reason is not None:
+    def flush(self) -> None:
+        """Write what was sent in this tick, if anything; the end of the tick then finds nothing to do."""
+        collected = self._collected
+        if self.lost_reason is not None or not collected:
             return
         assert self._transport is not None
-        collected = self._collected
         data = collected[0] if len(collected) == 1 else b"".join(collected)
         self._collected = []
         self._collected_bytes = 0
@@ -252,7 +253,7 @@ class BrokerConnection(asyncio.Protocol):
         # Both loops read their sockets before they run timers that are due (libuv since 1.45), so an answer that
         # arrived while the loop was blocked has been taken by now.
         self._silence_timer = None
-        if not self._waiting or self._owes_nothing_yet:  # then _flush() starts the timer anew
+        if not self._waiting or self._owes_nothing_yet:  # then flush() starts the timer anew
             return
         remaining_s = self._heard_at + self._silence_timeout_s - time.monotonic()
         if remaining_s > 0:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from channel_layer import scripts
+from channel_layer.base import Stored
 from channel_layer.broker import BlockingReader, Broker
 from channel_layer.broker_connection import WritesRefused
 from channel_layer.channels_compat import channel_full
@@ -72,22 +73,64 @@ class _Entry:
 
 
 class _ElementEntry(_Entry):
-    """One whose future is told the element as it stands in the list."""
+    """One that is told the element as it stands in the list. Implements base.Stored: each request has one, and a
+    future would take two turns of the loop to say what is known.
+    """
 
-    __slots__ = ("name",)
+    __slots__ = ("_callback", "_error", "_loop", "_result", "name")
 
     def __init__(
-        self, message: bytes, capacity: int, expiry_ms: int, future: asyncio.Future[bytes], name: str
+        self, message: bytes, capacity: int, expiry_ms: int, name: str, loop: asyncio.AbstractEventLoop
     ) -> None:
-        super().__init__(message, capacity, expiry_ms, future)
+        super().__init__(message, capacity, expiry_ms, None)
         self.name = name
+        self._loop = loop
+        self._callback: Callable[[Any], object] | None = None
+        self._result: bytes | None = None
+        self._error: Exception | None = None
+
+    def add_done_callback(self, callback: Callable[[Any], object]) -> None:
+        if self._result is None and self._error is None:
+            self._callback = callback
+        else:
+            self._loop.call_soon(callback, self)
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        told = self._loop.create_future()
+        self.add_done_callback(lambda entry: None if told.done() else told.set_result(None))
+        yield from told
+        return self.result()
+
+    def cancelled(self) -> bool:
+        return False
+
+    def exception(self) -> Exception | None:
+        return self._error
+
+    def result(self) -> bytes:
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
 
     def stored(self, deadline_ms: int) -> None:
-        if self.future is not None and not self.future.done():
-            self.future.set_result(deadline_ms.to_bytes(8, "big") + self.message)
+        self._result = deadline_ms.to_bytes(8, "big") + self.message
+        self._tell()
 
     def full(self) -> None:
         self.failed(_full(self.name, self.capacity))
+
+    def failed(self, error: Exception) -> None:
+        self._error = error
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._callback is not None:
+            try:
+                self._callback(self)
+            except Exception:
+                # The others of its batch have their own answers to get.
+                logger.exception("the answer to a push into %s could not be handled", self.name)
 
 
 class _List:
@@ -146,13 +189,11 @@ class ListWriter:
         self._add(key, _Entry(message, capacity, expiry_ms, future))
         return future
 
-    def push_element(
-        self, key: str, message: bytes, *, capacity: int, expiry_ms: int, name: str
-    ) -> asyncio.Future[bytes]:
+    def push_element(self, key: str, message: bytes, *, capacity: int, expiry_ms: int, name: str) -> Stored:
         """As ``store``, without a coroutine; the result is the element as it stands in the list."""
-        future: asyncio.Future[bytes] = self._loop.create_future()
-        self._add(key, _ElementEntry(message, capacity, expiry_ms, future, name))
-        return future
+        entry = _ElementEntry(message, capacity, expiry_ms, name, self._loop)
+        self._add(key, entry)
+        return entry
 
     def push_unasked(self, key: str, message: bytes, *, capacity: int, expiry_ms: int) -> None:
         """As ``push`` for a message whose loss is only counted (a letter somebody else asked for)."""
@@ -171,7 +212,11 @@ class ListWriter:
         target.entries.append(entry)
         if not target.busy:
             target.busy = True
-            self._loop.call_soon(self._write, target)
+            self._loop.call_soon(self._write_at_once, target)
+
+    def _write_at_once(self, target: _List) -> None:
+        self._write(target)
+        self._broker.flush()
 
     def _write(self, target: _List) -> None:
         """Write the next batch: the first entries that have capacity and expiry in common."""

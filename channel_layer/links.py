@@ -67,7 +67,8 @@ class Links:
     """Sends frames to other processes: each arrives exactly once and in order, or ``peer_ended`` is called.
 
     ``push(peer, blobs)`` stores blobs in the peer's inbox, in order, and returns a future: done when the broker has
-    answered, failed when that is not known. ``frame_received(peer, frame)`` gets what comes; ``peer_ended(peer,
+    answered, failed when that is not known. ``pushed()`` is called behind the pushes of each turn, which need not
+    wait for others. ``frame_received(peer, frame)`` gets what comes; ``peer_ended(peer,
     reason)`` is told that a link is over, with everything sent on it that was not delivered; a following frame
     from or to the same peer begins a new one. ``peer_ready(peer)`` follows ``is_congested``.
 
@@ -79,6 +80,7 @@ class Links:
         *,
         process_id: str,
         push: Callable[[str, list[bytes]], asyncio.Future[Any]],
+        pushed: Callable[[], None] = lambda: None,
         frame_received: Callable[[str, Frame], None],
         peer_ended: Callable[[str, str], None],
         peer_ready: Callable[[str], None],
@@ -87,6 +89,7 @@ class Links:
     ) -> None:
         self.process_id = process_id
         self._push = push
+        self._pushed = pushed
         self._frame_received = frame_received
         self._peer_ended = peer_ended
         self._peer_ready = peer_ready
@@ -347,6 +350,7 @@ class Links:
                     earliest = deadline
                 if link.is_forgettable and self._links.get(peer) is link:
                     self._forget(link)
+        self._pushed()
         self._arm(earliest)
         if self._congested:
             for peer, link in list(self._congested.items()):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from channel_layer import mail, scripts
-from channel_layer.base import LocalDelivery, Message, ProcessListener
+from channel_layer.base import LocalDelivery, Message, ProcessListener, Stored
 from channel_layer.broker import Broker, BrokerChange, BrokerStatistics
 from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import ChannelsBackend
@@ -274,6 +274,7 @@ class RedisProcessLayer(ChannelsBackend):
             links = Links(
                 process_id=self.process_id,
                 push=self._push_blobs,
+                pushed=self._broker.flush,
                 frame_received=self._frame_received,
                 peer_ended=self._peer_ended,
                 peer_ready=listener.peer_ready,
@@ -636,7 +637,7 @@ class RedisProcessLayer(ChannelsBackend):
 
     # Openings
 
-    def push_opening(self, channel: str, opening: bytes, *, exempt: bool = False) -> asyncio.Future[bytes]:
+    def push_opening(self, channel: str, opening: bytes, *, exempt: bool = False) -> Stored:
         """See base.ProcessLayer."""
         return self._started().writer.push_element(
             self.keys.normal(channel),

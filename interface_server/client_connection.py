@@ -304,10 +304,16 @@ class ClientConnection:
         """Queue an encoded event for the application and send what the window allows."""
         if self.state is State.ENDING:
             return  # nobody receives any more
-        self._outgoing.offer(encoded)
         self._offered_count += 1
         if self._handover is not None:
             self._handover.offered(encoded)
+        peer = self.peer
+        if peer is not None and not self._reading_paused and not self._hub.layer.link_is_congested(peer):
+            frame = self._outgoing.pass_whole(encoded)
+            if frame is not None:
+                self._hub.layer.link_send(peer, frame)
+                return
+        self._outgoing.offer(encoded)
         self.flush()
 
     def flush(self) -> None:

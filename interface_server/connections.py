@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Final, Protocol
 
-from channel_layer.base import ProcessLayer
+from channel_layer.base import ProcessLayer, Stored
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.errors import BrokerUnavailable, ChannelFull
 from channel_layer.frames import Frame, FrameKind, Outcome, build_closed, build_released
-from channel_layer.openings import Opening, encode_opening
+from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, Opening, encode_opening
 from interface_server.broadcast import Broadcast, BroadcastMemory, BroadcastMemoryStatistics, FanOut, FanOutStatistics
 from interface_server.client import Client, Refusal
 from interface_server.client_connection import ClientConnection, State
@@ -115,6 +115,7 @@ class Connections:
         self._open_count: Counter[str] = Counter()
         self._idle: asyncio.Future[None] | None = None  # somebody waits until no client is left
         self._is_stopping = False
+        self._is_closed = False
         self._refused_count: Counter[str] = Counter()
         self._dropped_count: Counter[str] = Counter()
         self._push_count = 0
@@ -193,7 +194,10 @@ class Connections:
         extensions["channel_layer"] = {"reply_channel": reply_channel}
         if protocol == "websocket" and self.handover_mode is not HandoverMode.NEVER:
             extensions["websocket.handover"] = {}
-        encoded = None if first_event is None else encode_event(first_event)
+        if first_event is NO_BODY:
+            encoded: bytes | None = NO_BODY_ENCODED
+        else:
+            encoded = None if first_event is None else encode_event(first_event)
         if encoded is not None:
             connection.count_first_event(encoded)
         connection.opening = encode_opening(
@@ -322,6 +326,7 @@ class Connections:
             if timer is not None:
                 timer.cancel()
         self._watch_timer = self._parked_timer = self._moves_timer = None
+        self._is_closed = True
         for call in self._calls:
             call.cancel()
 
@@ -609,11 +614,11 @@ class Connections:
             stored = self.layer.push_opening(connection.channel, opening, exempt=True)
         else:
             stored = self.layer.push_opening(connection.channel, opening)
-        self._call(stored, partial(self._pushed, connection, connection.epoch))
+        stored.add_done_callback(partial(self._pushed, connection, connection.epoch))
 
-    def _pushed(self, connection: ClientConnection, epoch: int, call: asyncio.Future[Any]) -> None:
-        if call.cancelled():
-            return  # close() gave it up
+    def _pushed(self, connection: ClientConnection, epoch: int, call: Stored) -> None:
+        if call.cancelled() or self._is_closed:
+            return
         if connection.epoch != epoch:
             return  # claimed, and lost again
         error = call.exception()

@@ -40,7 +40,7 @@ from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
 from channel_layer.enums import quick
-from channel_layer.openings import FIRST_BODY_BYTES_MAX
+from channel_layer.openings import FIRST_BODY_BYTES_MAX, NO_BODY
 from interface_server.access_log import AccessLog
 from interface_server.connections import Connections
 from interface_server.deadlines import Deadlines
@@ -81,7 +81,6 @@ _FLUSH_TIMEOUT_S: Final = 30.0
 # tab of a page that polls would keep an instance waiting so long. Other servers do not wait for them at all.
 _HALF_CLOSED_TIMEOUT_S: Final = 5.0
 
-_NO_BODY: Final = {"type": "http.request", "body": b"", "more_body": False}
 _DISCONNECT: Final = {"type": "http.disconnect"}
 
 
@@ -555,7 +554,7 @@ class Http1Protocol(Protocol):
         self.phase = Phase.EXCHANGE
         first_event: dict[str, Any] | None = None
         if start.body_bytes == 0:
-            first_event = _NO_BODY
+            first_event = NO_BODY
         elif first is not None and len(first.data) <= FIRST_BODY_BYTES_MAX:
             first_event = {"type": "http.request", "body": first.data, "more_body": not first.is_last}
             first = None

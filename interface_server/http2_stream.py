@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 
+from channel_layer.openings import NO_BODY
 from interface_server.http_client import HttpClient
 from interface_server.protocol.actions import End
 from interface_server.protocol.body_pace import BodyPace
@@ -36,8 +37,6 @@ __all__ = ["Http2Stream", "StreamTransport"]
 _HELD_BYTES_MAX: Final = 64 * 1024
 # … until less than this is left.
 _HELD_BYTES_LOW: Final = 16 * 1024
-
-_NO_BODY: Final = {"type": "http.request", "body": b"", "more_body": False}
 
 
 class _Reset:
@@ -121,7 +120,7 @@ class Http2Stream:
             client,
             protocol="http",
             scope=build_http_scope(head, peer, root_path=settings.root_path, pathsend=settings.pathsend),
-            first_event=_NO_BODY if self._request_ended else None,
+            first_event=NO_BODY if self._request_ended else None,
             tell_receiving=expects_continue,
         )
         self._arm()

@@ -92,7 +92,8 @@ class Reactor(AsyncioSelectorReactor):
                 except OSError:
                     why = CONNECTION_LOST
                 else:
-                    why = reader.protocol.dataReceived(data) if data else CONNECTION_DONE
+                    protocol: Any = reader.protocol
+                    why = protocol.dataReceived(data) if data else CONNECTION_DONE
             else:
                 why = reader.doRead()
         except Exception as error:

@@ -53,7 +53,7 @@ from channel_layer.frames import (
     build_release,
     build_state,
 )
-from channel_layer.openings import Opening
+from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, Opening
 from worker.application import Application, Scope
 from worker.events import Checkpoint, ClientDisconnected, HttpEvents, SentEvents, State, WebSocketEvents
 from worker.moving import REQUEST, Moving
@@ -284,12 +284,11 @@ class Instance:
         if self.phase is not Phase.CLAIMED:
             return
         self.phase = Phase.RUNNING
-        name = f"{self.protocol} {self.peer}!{self.connection}"
         # A context of its own for each instance (a copy), whichever frame happened to start it.
         context = self._context.copy() if self._context is not None else None
         if context is not None and self.protocol == "websocket":
             context.run(CURRENT_INSTANCE.set, self)
-        self._task = self._loop.create_task(self._run(), name=name, context=context)
+        self._task = self._loop.create_task(self._run(), name=self.reply_channel, context=context)
 
     def grant(self) -> None:
         """A GRANT frame came: the connection is ours; call the application if it does not run yet."""
@@ -325,7 +324,8 @@ class Instance:
                 self._link.link_send(self.peer, credit)
             return
         encoded, cost_bytes = complete
-        self._arrived.append((decode_event(encoded), cost_bytes))
+        event = dict(NO_BODY) if encoded == NO_BODY_ENCODED else decode_event(encoded)
+        self._arrived.append((event, cost_bytes))
         self._wake_receivers()
 
     def last_received(self, payload: bytes) -> None:
@@ -651,7 +651,12 @@ class Instance:
             if type(event) is bytes:
                 link.link_send(peer, event)
             else:
-                outgoing.offer(encode_event(event))  # type: ignore[arg-type]
+                encoded = encode_event(event)  # type: ignore[arg-type]
+                whole = outgoing.pass_whole(encoded)
+                if whole is None:
+                    outgoing.offer(encoded)
+                else:
+                    link.link_send(peer, whole)
         return False  # until link_ready() or released()
 
     def _pump(self) -> None:

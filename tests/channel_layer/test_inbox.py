@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from channel_layer import scripts
+from channel_layer.base import Stored
 from channel_layer.broker import Broker
 from channel_layer.errors import BrokerError, BrokerUnavailable, ChannelFull
 from channel_layer.inbox import InboxReader, ListWriter
@@ -22,12 +23,16 @@ class Scripted:
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int, list[bytes]]] = []
         self.answers: list[asyncio.Future[Any]] = []
+        self.flush_count = 0
 
     def script(self, script: scripts.Script, keys: Sequence[str], args: Sequence[Any]) -> asyncio.Future[Any]:
         assert script is scripts.PUSH
         self.calls.append((keys[0], args[0], args[1], list(args[2:])))
         self.answers.append(asyncio.get_running_loop().create_future())
         return self.answers[-1]
+
+    def flush(self) -> None:
+        self.flush_count += 1
 
     @property
     def last(self) -> tuple[str, list[bytes]]:
@@ -110,21 +115,48 @@ async def test_more_than_fits_the_list_is_refused_without_asking(writer: ListWri
 
 
 async def test_an_element_is_told_as_it_stands_in_the_list(writer: ListWriter, broker: Scripted) -> None:
+    told: list[Stored] = []
     calls = [
-        writer.push_element("list", b"%d" % number, capacity=9, expiry_ms=1000, name="of it") for number in range(3)
+        writer.push_element("list", b"%d" % number, capacity=9, expiry_ms=1000, name="of it") for number in range(2)
     ]
-    calls[0].cancel()
+    for call in calls:
+        call.add_done_callback(told.append)
     await turns()
-    assert broker.last == ("list", [b"1", b"2"])
+    assert broker.last == ("list", [b"0", b"1"])
+    assert told == []
     broker.answers[0].set_result([1, 7])
-    assert await calls[1] == (7).to_bytes(8, "big") + b"1"
+    await turns()
+    assert told == calls
+    assert calls[0].exception() is None
+    assert calls[0].result() == (7).to_bytes(8, "big") + b"0"
     with pytest.raises(ChannelFull, match="'of it' holds 9 messages"):
-        await calls[2]
+        calls[1].result()
     failing = writer.push_element("list", b"3", capacity=9, expiry_ms=1000, name="of it")
     await turns()
     broker.answers[1].set_exception(BrokerUnavailable("away"))
-    with pytest.raises(BrokerUnavailable):
-        await failing
+    await turns()
+    failing.add_done_callback(told.append)
+    assert told == calls  # never at once
+    await turns()
+    assert told == [*calls, failing]
+    assert not failing.cancelled()
+    assert isinstance(failing.exception(), BrokerUnavailable)
+
+
+async def test_a_fault_behind_one_element_does_not_keep_the_others_from_their_answer(
+    writer: ListWriter, broker: Scripted, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Stored] = []
+    first, second = (
+        writer.push_element("list", b"%d" % number, capacity=9, expiry_ms=1000, name="of it") for number in range(2)
+    )
+    first.add_done_callback(lambda call: 1 / 0)
+    second.add_done_callback(told.append)
+    await turns()
+    broker.answers[0].set_result([2, 7])
+    await turns()
+    assert told == [second]
+    assert "ZeroDivisionError" in caplog.text
 
 
 async def test_messages_that_differ_in_capacity_or_expiry_keep_their_order(

@@ -1412,10 +1412,18 @@ async def test_close_gives_up_timers_and_calls(bench):
     bench.open()
     bench.layer.broker_reachable = False
     bench.open()
+    leaving = bench.open()
+    bench.layer.broker_reachable = True
+    waiting = bench.open()
+    leaving.connection.finished()
     bench.connections.close()
     assert bench.timers == []
     await turn()
-    assert all(call[3].done() for call in bench.layer.calls)
+    assert all(call[3].done() for call in bench.layer.calls if call[0] != "push")
+    for _ in range(len(bench.open_calls("push"))):  # the layer ends them by itself
+        await bench.answer("push", BrokerUnavailable("closed"))
+    assert waiting.log == []
+    assert bench.timers == []
 
 
 async def test_statistics_and_repr(bench):

@@ -55,12 +55,14 @@ class ScriptedLayer:
     def hold_inbox(self, held):
         pass
 
-    async def push_opening(self, channel, opening):
+    def push_opening(self, channel, opening):
         decoded = decode_opening(opening)
         self.openings[decoded.connection] = decoded
         if decoded.scope["path"] != "/nobody":
             asyncio.get_running_loop().call_soon(self.frame, build_claim(decoded.connection, decoded.epoch))
-        return opening
+        stored = asyncio.get_running_loop().create_future()
+        stored.set_result(opening)
+        return stored
 
     async def find_openings(self, channel, elements):
         return [True] * len(elements)
