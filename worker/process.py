@@ -47,8 +47,10 @@ __all__ = ["WorkerProcess", "WorkerStatistics", "run"]
 
 logger = logging.getLogger("trunkline.worker")
 
-# Enough to save round trips, few enough that idle workers get their share.
+# Few enough that idle workers get their share. A worker that got so many takes twice as many the next time: where they
+# wait there are no idle workers, and each take costs it and the broker a wake-up each.
 OPENINGS_AT_ONCE: Final = 8
+OPENINGS_AT_ONCE_MAX: Final = 32
 # A claim that nobody answers is given up: the interface server may be gone, or the opening an old copy.
 GRANT_TIMEOUT_S: Final = 5.0
 # How long a take that failed at once is held back, so that a broker that refuses does not keep the loop busy.
@@ -360,6 +362,7 @@ class WorkerProcess:
     async def _take(self, channel: str) -> None:
         protocol = self._protocols[channel]
         room = self._room[protocol]
+        wanted = OPENINGS_AT_ONCE
         while not self._is_stopping:
             free = self._limits[protocol] - self._counts[protocol]
             if free <= 0:
@@ -368,11 +371,12 @@ class WorkerProcess:
                 continue
             await self._reachable.wait()
             try:
-                taken = await self._layer.take_openings(channel, min(OPENINGS_AT_ONCE, free))
+                taken = await self._layer.take_openings(channel, min(wanted, free))
             except BrokerUnavailable as error:
                 logger.debug("no openings of %s: %s", channel, error)
                 await asyncio.sleep(TAKE_RETRY_S)
                 continue
+            wanted = OPENINGS_AT_ONCE if len(taken) < wanted else min(wanted * 2, OPENINGS_AT_ONCE_MAX)
             self._open_all(protocol, taken)
 
     def _open_all(self, protocol: str, taken: list[bytes]) -> None:

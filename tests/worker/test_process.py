@@ -313,6 +313,15 @@ async def test_at_most_eight_are_asked_for_at_once(bench: Bench) -> None:
     assert {count for _, count in bench.layer.asked} == {OPENINGS_AT_ONCE}
 
 
+async def test_a_worker_that_is_behind_takes_more_at_once_until_it_is_not(bench: Bench) -> None:
+    await bench.layer.offer(
+        *(make_opening(http_scope(), connection=number, first=REQUEST) for number in range(1, 8 + 16 + 32 + 31 + 1))
+    )
+    await turns()
+    counts = [count for channel, count in bench.layer.asked if channel == HTTP_CHANNEL]
+    assert counts == [8, 16, 32, 32, 8]
+
+
 async def test_only_the_channels_of_the_settings_are_served() -> None:
     bench = Bench(channels=(WEBSOCKET_CHANNEL,))
     bench.process.start()
