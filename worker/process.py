@@ -47,8 +47,8 @@ __all__ = ["WorkerProcess", "WorkerStatistics", "run"]
 
 logger = logging.getLogger("trunkline.worker")
 
-# Few enough that idle workers get their share. A worker that got so many takes twice as many the next time: where they
-# wait there are no idle workers, and each take costs it and the broker a wake-up each.
+# Few enough that idle workers get their share. A worker that got so many takes twice as many the next time: where
+# openings wait there are no idle workers, and each take costs it and the broker a wake-up.
 OPENINGS_AT_ONCE: Final = 8
 OPENINGS_AT_ONCE_MAX: Final = 32
 # A claim that nobody answers is given up: the interface server may be gone, or the opening an old copy.

@@ -265,9 +265,9 @@ class RequestReader:
             raise BadRequest(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
         if method == b"CONNECT":
             raise BadRequest(501, "CONNECT is for proxies")
-        fields = _Fields()
+        fields = _HEAD_PARSER
         try:
-            httptools.HttpRequestParser(fields).feed_data(head)
+            fields.parse(head)
         except httptools.HttpParserUpgrade:
             pass  # llhttp stops behind the head of any upgrade; we decide later whether it is one
         except httptools.HttpParserInvalidMethodError as error:
@@ -387,14 +387,35 @@ class RequestReader:
         return piece
 
 
-class _Fields:
-    """Collects what llhttp finds in one head."""
+class _HeadParser:
+    """Has llhttp read whole heads, one after the other, whichever clients they come from, and collects what it finds.
 
-    __slots__ = ("headers", "read")
+    A parser goes on to the next head only if it said itself that the one before was a whole message, and nothing in
+    it the last one; for any other end the next head gets a new parser, which costs 2 us more.
+    """
+
+    __slots__ = ("_goes_on", "_parser", "headers", "read")
 
     def __init__(self) -> None:
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers: list[tuple[bytes, bytes]] = []  # of the last head
         self.read: dict[bytes, list[bytes]] = {}  # values of the names in _READ_HERE
+        self._goes_on = False  # the parser may read another head
+        self._parser: httptools.HttpRequestParser | None = None
+
+    def parse(self, head: bytes) -> None:
+        """Raises httptools' errors."""
+        if not self._goes_on or self._parser is None:
+            self._parser = httptools.HttpRequestParser(self)
+        self.headers = []
+        self.read = {}
+        self._goes_on = False
+        self._parser.feed_data(head)
+
+    # Called by httptools
+
+    def on_message_complete(self) -> None:
+        assert self._parser is not None
+        self._goes_on = self._parser.should_keep_alive()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -402,6 +423,9 @@ class _Fields:
         self.headers.append((name, value))
         if name in _READ_HERE:
             self.read.setdefault(name, []).append(value)
+
+
+_HEAD_PARSER: Final = _HeadParser()
 
 
 def _tokens(values: Sequence[bytes]) -> list[bytes]:

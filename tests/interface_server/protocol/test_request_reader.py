@@ -631,3 +631,40 @@ def test_a_head_that_comes_byte_by_byte_is_scanned_once() -> None:
         events.append(reader.next_event())
     assert isinstance(events[-1], RequestStart)
     assert set(events[:-1]) == {None}
+
+
+# What the next head is read with depends on how the one before it ended, on whichever connection.
+ENDS = [
+    b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+    b"GET / HTTP/1.0\r\n\r\n",
+    b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n\r\n",
+    b"NONSENSE / HTTP/1.1\r\nHost: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nBad Name: b\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+]
+
+
+def read_head(data: bytes) -> RequestStart | tuple[int, str] | None:
+    reader = RequestReader(ReaderLimits())
+    reader.feed(data)
+    try:
+        event = reader.next_event()
+    except BadRequest as failure:
+        return failure.status, failure.reason
+    assert event is None or isinstance(event, RequestStart)
+    return event
+
+
+@pytest.mark.parametrize("first", ENDS)
+@pytest.mark.parametrize("second", ENDS)
+def test_no_head_depends_on_the_one_before(first: bytes, second: bytes) -> None:
+    read_head(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    alone = read_head(second)
+    read_head(first)
+    assert read_head(second) == alone
