@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
-__all__ = ["AdminServer", "Answer", "alive", "readiness"]
+__all__ = ["AdminPortError", "AdminServer", "Answer", "alive", "readiness"]
 
 logger = logging.getLogger("trunkline.admin")
 
@@ -26,6 +26,10 @@ _HEAD_BYTES_MAX: Final = 8 * 1024
 _TIMEOUT_S: Final = 5.0
 # Checks are few; what is above is closed at once.
 _CONNECTIONS_MAX: Final = 64
+
+
+class AdminPortError(OSError):
+    """The operator has to choose another port; the text names this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +68,14 @@ class AdminServer:
         return f"<AdminServer {self.host}:{self.port} {state}, {self._answered_count} answers>"
 
     async def start(self) -> None:
-        """Listen. Raises OSError whose text names the address."""
+        """Listen. Raises AdminPortError."""
         try:
             self._server = await asyncio.start_server(
                 self._connected, self.host, self.port, limit=_HEAD_BYTES_MAX, reuse_address=True
             )
         except OSError as error:
             reason = error.strerror or str(error)
-            raise OSError(f"cannot listen on the admin port {self.host}:{self.port}: {reason}") from error
+            raise AdminPortError(f"cannot listen on the admin port {self.host}:{self.port}: {reason}") from error
         self.port = self._server.sockets[0].getsockname()[1]
         logger.info("health checks on http://%s:%d/readyz and /healthz", _bracketed(self.host), self.port)
 

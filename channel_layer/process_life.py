@@ -159,7 +159,7 @@ class ProcessLife:
         return f"<ProcessLife {self.name} {self.phase.value}, {self.beat_count} beats>"
 
     async def start(self) -> None:
-        """Take the signals, and open the admin port. Raises OSError whose text names that port."""
+        """Take the signals, and open the admin port. Raises AdminPortError."""
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 self._loop.add_signal_handler(number, self.signalled, number)

@@ -27,6 +27,7 @@ from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, Opening, encode_ope
 from interface_server.broadcast import Broadcast, BroadcastMemory, BroadcastMemoryStatistics, FanOut, FanOutStatistics
 from interface_server.client import Client, Refusal
 from interface_server.client_connection import ClientConnection, State
+from interface_server.closing_pace import STEP_S, ClosingPace
 from interface_server.group_delivery import GroupDelivery
 from interface_server.handover import FURTHER_TRIES_MAX, HandoverMode, NextStep
 from interface_server.moves import Moves, MovesStatistics
@@ -219,7 +220,7 @@ class Connections:
         self._open_count[protocol] += 1
         if protocol not in _CHANNELS:
             self._groups.has_own_protocols = True
-        if self._is_stopping:
+        if self._is_stopping and protocol != "http":
             self._loop.call_soon(self._refuse, connection, Refusal.STOPPING)
         elif is_too_many:
             self._loop.call_soon(self._refuse, connection, Refusal.TOO_MANY)
@@ -301,11 +302,24 @@ class Connections:
     # Called by server.py
 
     def stop(self) -> None:
-        """New connections are refused from now on; WebSockets (1012) and those of own protocols are closed."""
+        """Open no WebSocket any more, and none of own protocols. Requests on sockets that are there still run."""
         self._is_stopping = True
-        for connection in list(self._connections.values()):
-            if connection.protocol != "http":
-                self._guarded(connection, self.dismiss, connection, Refusal.STOPPING)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let requests finish, for so long; close over most of that time what does not end by itself.
+
+        Cancelled, it leaves the rest open.
+        """
+        began_at = self._clock()
+        waiting = [connection for connection in self._connections.values() if connection.protocol != "http"]
+        pace = ClosingPace(len(waiting), timeout_s)
+        while waiting and self.open_count:
+            due = pace.due(self._clock() - began_at)
+            while waiting and pace.count - len(waiting) < due:
+                self.give_up(waiting.pop(), Refusal.STOPPING)
+            if waiting:
+                await asyncio.sleep(STEP_S)
+        await self.wait_idle(max(0.0, began_at + timeout_s - self._clock()))
 
     def cut(self) -> None:
         """End what is still open."""

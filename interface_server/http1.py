@@ -160,10 +160,14 @@ class Http1Factory(Factory):
         )
 
     def stop(self) -> None:
-        """Close sockets that wait for a request, at once; the others when their exchange is over."""
+        """Close sockets that wait for a further request, at once; the others when their exchange is over."""
         self.is_stopping = True
         for protocol in list(self.protocols):
             protocol.stop()
+
+    def newcomers(self) -> list[Http1Protocol]:
+        """Sockets whose first request has not begun to come."""
+        return [protocol for protocol in self.protocols if protocol.is_newcomer]
 
     def abort(self) -> None:
         """Drop every socket that is left."""
@@ -363,10 +367,15 @@ class Http1Protocol(Protocol):
 
     # Called by Http1Factory
 
+    @property
+    def is_newcomer(self) -> bool:
+        return self.phase is Phase.HEAD and self._is_first and not self._reader.buffered_bytes
+
     def stop(self) -> None:
-        """Serve no further request."""
+        """Serve no further request; one that comes, or may be on its way, is answered."""
         if self.phase is Phase.HEAD:
-            self._close()
+            if not (self._is_first or self._reader.buffered_bytes):
+                self._close()
         elif self._client is not None:
             self._client.exchange.close_after()
         elif isinstance(self._successor, Http2Connection):

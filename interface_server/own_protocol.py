@@ -44,10 +44,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from channel_layer.encryption import environment_items
 from channel_layer.frames import Outcome
 from channel_layer.process_layer import RedisProcessLayer
+from channel_layer.process_life import unless
 from interface_server import server
 from interface_server.client import Connection, Refusal
 from interface_server.connections import Connections
 from interface_server.end_watch import EndWatch
+from interface_server.endpoints import parse_endpoint
 from interface_server.settings import InterfaceSettings
 from interface_server.transports import buffered_bytes, socket_descriptor
 
@@ -265,7 +267,6 @@ class OwnServer:
         layer: RedisProcessLayer,
         loop: asyncio.AbstractEventLoop,
         reactor: Any,
-        tls: None = None,
     ) -> None:
         self.protocol = protocol
         self.loop = loop
@@ -274,27 +275,32 @@ class OwnServer:
         self.end_watch = EndWatch(reactor)
         self._layer = layer
         self._reactor = reactor
-        self._port: Any = None  # Twisted's listening port, while we listen
+        self._ports: list[Any] = []  # Twisted's listening ports, while we listen
         self._empty: asyncio.Event | None = None  # somebody waits for the last socket
         layer.owns_channel = self.connections.owns_channel
 
     def __repr__(self) -> str:
         return f"<OwnServer {self.protocol.scope_type} {len(self.clients)} clients {self.connections!r}>"
 
-    async def start(self, listening: sockets.socket) -> None:
-        """Connect to the broker and accept from ``listening``, which stays the caller's to close."""
+    async def start(self) -> None:
+        """Connect to the broker."""
         await self._layer.start(self.connections, self.connections.deliver)
-        self._port = self._reactor.adoptStreamPort(listening.fileno(), listening.family, self)
+
+    def listen(self, listening: sockets.socket, tls: None = None) -> None:
+        """Accept from ``listening``, too, which stays the caller's to close."""
+        self._ports.append(self._reactor.adoptStreamPort(listening.fileno(), listening.family, self))
         name, address = self.protocol.scope_type, listening.getsockname()
         where = f"unix:{address}" if listening.family == sockets.AF_UNIX else f"{address[0]}:{address[1]}"
         _LOGGER.info("interface server %s speaks %s on %s", self._layer.process_id, name, where)
 
-    async def stop(self, at_once: asyncio.Event) -> None:
-        """Accept nobody, tell all clients, leave. ``at_once`` ends the waiting."""
+    async def stop(self, at_once: asyncio.Event, *, drain_timeout_s: float) -> None:
+        """Accept nobody, tell all clients, one after the other, leave. ``at_once`` ends the waiting."""
         _LOGGER.info("%r stops", self)
-        port, self._port = self._port, None
-        await port.stopListening().asFuture(self.loop)
+        ports, self._ports = self._ports, []
+        for port in ports:
+            await port.stopListening().asFuture(self.loop)
         self.connections.stop()
+        await unless(at_once, self.connections.drain(drain_timeout_s))
         if self.clients and not at_once.is_set():
             self._empty = asyncio.Event()
             waits = [self.loop.create_task(event.wait()) for event in (self._empty, at_once)]
@@ -338,12 +344,12 @@ def serve(protocol: type[OwnProtocol], settings: InterfaceSettings) -> int:
     name = protocol.scope_type
     if not _NAME.fullmatch(name) or name in _RESERVED:
         raise ValueError(f"scope_type is {name!r}, expected a name in small letters, and none of ASGI's own")
-    if settings.ssl_certfile is not None:
+    if settings.ssl_certfile is not None or any(parse_endpoint(text).certfile for text in settings.endpoints):
         raise ValueError("ssl_certfile is given, but a server for an own protocol does not speak TLS")
+    if not settings.encryption_keys:
+        settings = replace(settings, encryption_keys=environment_items())
     return server.run(settings, server_class=partial(OwnServer, protocol))
 
 
 def _address(address: Any) -> tuple[str, int] | None:
     return (address.host, address.port) if hasattr(address, "port") else None
-    if not settings.encryption_keys:
-        settings = replace(settings, encryption_keys=environment_items())

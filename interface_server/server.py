@@ -1,7 +1,8 @@
 """The life of one interface server process: connect, listen, serve until a signal, stop.
 
-    connect to the broker -> listen -> "ready" -> serve -> SIGTERM, SIGINT -> stop listening, close WebSockets (1012)
-    -> wait for running requests (``stop_grace_s``; a second signal ends that) -> cut the rest -> leave the links
+    connect to the broker -> listen -> "ready" -> serve -> SIGTERM, SIGINT -> (``drain_delay_s``) -> stop listening
+    -> let requests finish, close WebSockets with 1012, one after the other (``drain_timeout_s``; another signal ends
+    that) -> cut the rest -> leave the links
 
 What lives here: the order of these steps, and one line for each thing that can be wrong at the start. What serves is
 in connections.py, http1.py and websocket.py; this file puts them together.
@@ -15,20 +16,20 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from channel_layer.encryption import Cipher, read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName
 from channel_layer.process_layer import RedisProcessLayer
+from channel_layer.process_life import ProcessLife, StatusPipe, WrongInput, fail, unless
 from interface_server import event_loop
 from interface_server.access_log import AccessLog
 from interface_server.connections import Connections, ConnectionsStatistics
-from interface_server.listening import describe, open_listening_socket
+from interface_server.listening import Listener, describe, describe_all, open_listeners
 from interface_server.settings import InterfaceSettings
 
 if TYPE_CHECKING:
@@ -38,18 +39,15 @@ __all__ = ["InterfaceServer", "InterfaceServerStatistics", "run"]
 
 _LOGGER: Final = logging.getLogger("trunkline.interface")
 
-READY_VARIABLE: Final = "TRUNKLINE_READY_FD"
-
 # After everything was told to close: for the last bytes to leave the sockets. Then they are dropped.
 _FLUSH_TIMEOUT_S: Final = 2.0
+_SHORT_FLUSH_TIMEOUT_S: Final = 0.5  # where there is hardly time to drain: somebody waits
+# A client that has just connected sends its request at once, if it wants anything.
+_NEWCOMERS_S: Final = 0.25
 _OPENING_EXPIRY_MARGIN_S: Final = 5.0
 
 # After a second signal: to say goodbye on the links. Then the workers find us gone by our lease.
 _FORCED_LEAVE_TIMEOUT_S: Final = 0.5
-
-
-class _WrongInput(Exception):
-    """The operator's settings cannot be used; the text is the line for the operator."""
 
 
 def run(settings: InterfaceSettings, *, server_class: Callable[..., Any] | None = None) -> int:
@@ -58,39 +56,53 @@ def run(settings: InterfaceSettings, *, server_class: Callable[..., Any] | None 
     0 a clean stop, 1 the broker or the address cannot be used now, 2 wrong input; what was wrong is one line on
     stderr. Once in a process. ``server_class`` is InterfaceServer, or what is used in its place.
     """
+    pipe = StatusPipe(os.environ)
     try:
-        return event_loop.run(lambda reactor: _serve(settings, reactor, server_class or InterfaceServer))
-    except (BrokerUnsuitable, _WrongInput) as error:
-        return _fail(error, 2)
+        return event_loop.run(lambda reactor: _serve(settings, reactor, server_class or InterfaceServer, pipe))
+    except (BrokerUnsuitable, WrongInput) as error:
+        return fail(error, 2, pipe=pipe)
     except (BrokerUnavailable, OSError) as error:
-        return _fail(error, 1)
+        return fail(error, 1, pipe=pipe)
 
 
-def _fail(error: Exception, status: int) -> int:
-    print(f"trunkline: {error}", file=sys.stderr)
-    return status
-
-
-async def _serve(settings: InterfaceSettings, reactor: Any, server_class: Callable[..., Any]) -> int:
+async def _serve(
+    settings: InterfaceSettings, reactor: Any, server_class: Callable[..., Any], pipe: StatusPipe
+) -> int:
     loop = asyncio.get_running_loop()
-    stop, at_once = asyncio.Event(), asyncio.Event()
-    _install_signal_handlers(loop, stop, at_once)
-    tls = _load_tls(settings, loop)
+    life = ProcessLife(
+        "interface server",
+        pipe=pipe,
+        admin_host=settings.admin_host,
+        admin_port=settings.admin_port,
+        hang_timeout_s=settings.hang_timeout_s,
+    )
+    await life.start()
     # Before the broker is asked: a port that is taken is the likelier mistake.
-    listening = open_listening_socket(settings)
+    listeners = open_listeners(settings)
     try:
-        server = server_class(settings, layer=_build_layer(settings), loop=loop, reactor=reactor, tls=tls)
-        await server.start(listening)
-    except BaseException:
-        listening.close()
-        raise
-    _announce_ready(describe(listening, tls=tls is not None))
-    listening.close()  # the server has a copy
+        layer = _build_layer(settings)
+        contexts = _load_tls(settings, listeners, loop)
+        server = server_class(settings, layer=layer, loop=loop, reactor=reactor)
+        await server.start()
+        for listener, context in zip(listeners, contexts, strict=True):
+            server.listen(listener.socket, context)
+        life.serving(
+            layer,
+            describe_all(listeners),
+            load=lambda: (server.connections.open_count, settings.connections_max),
+        )
+    finally:
+        for listener in listeners:
+            listener.socket.close()  # the server has a copy
     # What exists now stays: no need to look through it at every collection.
     gc.collect()
     gc.freeze()
-    await stop.wait()
-    await server.stop(at_once)
+    await life.stop.wait()
+    life.draining()
+    if not life.is_hurried:
+        await unless(life.at_once, asyncio.sleep(settings.drain_delay_s))
+    await server.stop(life.at_once, drain_timeout_s=life.drain_timeout_s(settings.drain_timeout_s))
+    await life.close()
     return 0
 
 
@@ -106,50 +118,42 @@ def _build_layer(settings: InterfaceSettings) -> RedisProcessLayer:
             cipher=Cipher(read_keys(settings.encryption_keys)),
         )
     except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with
-        raise _WrongInput(str(error)) from error
+        raise WrongInput(str(error)) from error
 
 
-def _install_signal_handlers(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, at_once: asyncio.Event) -> None:
-    def received() -> None:
-        if stop.is_set():
-            at_once.set()
-        stop.set()
-
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, received)
-
-
-def _load_tls(settings: InterfaceSettings, loop: asyncio.AbstractEventLoop) -> TlsContext | None:
-    """Return the certificate to serve with, if there is one; SIGHUP reads it again from then on."""
-    if settings.ssl_certfile is None:
-        return None
+def _load_tls(
+    settings: InterfaceSettings, listeners: Sequence[Listener], loop: asyncio.AbstractEventLoop
+) -> list[TlsContext | None]:
+    """Return the certificate to serve each socket with, if there is one; SIGHUP reads them again from then on."""
+    if not any(listener.is_tls for listener in listeners):
+        return [None] * len(listeners)
     from interface_server.tls import TlsContext, TlsSettingsError
 
-    try:
-        context = TlsContext(settings, alpn=(b"h2", b"http/1.1"))
-    except TlsSettingsError as error:
-        raise _WrongInput(str(error)) from error
+    def load(listener: Listener) -> TlsContext | None:
+        if not listener.is_tls:
+            return None
+        own = replace(settings, ssl_certfile=listener.certfile, ssl_keyfile=listener.keyfile)
+        try:
+            return TlsContext(own, alpn=(b"h2", b"http/1.1"))
+        except TlsSettingsError as error:
+            raise WrongInput(str(error)) from error
+
+    contexts = [load(listener) for listener in listeners]
 
     def reload() -> None:
-        try:
-            context.reload()
-        except TlsSettingsError as error:
-            _LOGGER.error("the certificate stays as it was: %s", error)
-        else:
-            _LOGGER.info("read the certificate %s again", settings.ssl_certfile)
+        for context in contexts:
+            if context is None:
+                continue
+            try:
+                context.reload()
+            except TlsSettingsError as error:
+                _LOGGER.error("the certificate stays as it was: %s", error)
+            else:
+                _LOGGER.info("read the certificate %s again", context.certfile)
 
     if threading.current_thread() is threading.main_thread():
         loop.add_signal_handler(signal.SIGHUP, reload)
-    return context
-
-
-def _announce_ready(address: str) -> None:
-    """Tell the supervisor, which waits on a pipe."""
-    descriptor = os.environ.pop(READY_VARIABLE, "")
-    if descriptor:
-        with os.fdopen(int(descriptor), "wb") as pipe:
-            pipe.write(f"ready {address}\n".encode())
+    return contexts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +173,6 @@ class InterfaceServer:
         layer: RedisProcessLayer,
         loop: asyncio.AbstractEventLoop,
         reactor: Any,
-        tls: TlsContext | None = None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         # Here, because these import parts of Twisted that must not be imported before the reactor is installed.
@@ -183,8 +186,7 @@ class InterfaceServer:
         self._layer = layer
         self._loop = loop
         self._reactor = reactor
-        self._tls = tls  # None: plain sockets
-        self._port: Any = None  # Twisted's listening port, while we listen
+        self._ports: list[Any] = []  # Twisted's listening ports, while we listen
         self._access_log = AccessLog(wanted=settings.access_log)
         self._deadlines = Deadlines(call_later=loop.call_later, clock=loop.time)
         self._end_watch = EndWatch(reactor)
@@ -212,7 +214,7 @@ class InterfaceServer:
         self._websockets = websockets
 
     def __repr__(self) -> str:
-        return f"<InterfaceServer {self._layer.process_id} listening={self._port is not None} {self.connections!r}>"
+        return f"<InterfaceServer {self._layer.process_id} listening={len(self._ports)} {self.connections!r}>"
 
     def statistics(self) -> InterfaceServerStatistics:
         return InterfaceServerStatistics(
@@ -221,33 +223,42 @@ class InterfaceServer:
             websockets=self._websockets.statistics(),
         )
 
-    async def start(self, listening: socket.socket) -> None:
-        """Connect to the broker and accept from ``listening``, which stays the caller's to close.
-
-        Raises BrokerUnavailable, BrokerUnsuitable.
-        """
+    async def start(self) -> None:
+        """Connect to the broker. Raises BrokerUnavailable, BrokerUnsuitable. Next: ``listen``."""
         await self._layer.start(self.connections, self.connections.deliver)
+
+    def listen(self, listening: socket.socket, tls: TlsContext | None = None) -> None:
+        """Accept from ``listening``, too, which stays the caller's to close."""
         factory: Any = self._http1
-        if self._tls is not None:
+        if tls is not None:
             from interface_server.tls import wrap_factory
 
-            factory = wrap_factory(factory, self._tls, self._reactor)
-        self._port = self._reactor.adoptStreamPort(listening.fileno(), listening.family, factory)
-        where = describe(listening, tls=self._tls is not None)
+            factory = wrap_factory(factory, tls, self._reactor)
+        self._ports.append(self._reactor.adoptStreamPort(listening.fileno(), listening.family, factory))
+        where = describe(listening, tls=tls is not None)
         _LOGGER.info("interface server %s accepts on %s", self._layer.process_id, where)
 
-    async def stop(self, at_once: asyncio.Event) -> None:
-        """Serve nothing new, let requests finish, close the rest, leave. ``at_once`` ends the waiting."""
+    async def stop(self, at_once: asyncio.Event, *, drain_timeout_s: float | None = None) -> None:
+        """Accept nothing new, let requests finish, close the rest one after the other, cut what remains, leave.
+
+        ``at_once`` ends the waiting.
+        """
         _LOGGER.info("%r stops", self)
-        port, self._port = self._port, None
-        await port.stopListening().asFuture(self._loop)
+        timeout_s = self._settings.drain_timeout_s if drain_timeout_s is None else drain_timeout_s
+        ports, self._ports = self._ports, []
+        for port in ports:
+            port.doRead()  # those whom the kernel has accepted for us would be reset
+            await port.stopListening().asFuture(self._loop)
         self._http1.stop()
         self.connections.stop()
-        await _unless(at_once, self.connections.wait_idle(self._settings.stop_grace_s))
+        await unless(at_once, self._drain(timeout_s))
         if self.connections.open_count:
             _LOGGER.warning("%d requests are cut", self.connections.open_count)
             self.connections.cut()
-        await _unless(at_once, self._wait_for_sockets(_FLUSH_TIMEOUT_S))
+        await unless(
+            at_once,
+            self._wait_for_sockets(_FLUSH_TIMEOUT_S if timeout_s > _FLUSH_TIMEOUT_S else _SHORT_FLUSH_TIMEOUT_S),
+        )
         self._http1.abort()
         try:
             async with asyncio.timeout(_FORCED_LEAVE_TIMEOUT_S if at_once.is_set() else None):
@@ -257,6 +268,16 @@ class InterfaceServer:
         self.connections.close()
         self._deadlines.close()
         self._end_watch.close()
+
+    async def _drain(self, timeout_s: float) -> None:
+        """Let end what runs, within so long."""
+        if self._http1.newcomers():
+            newcomers_s = min(_NEWCOMERS_S, timeout_s / 4)
+            await asyncio.sleep(newcomers_s)
+            timeout_s -= newcomers_s
+        await self.connections.drain(timeout_s)
+        for protocol in self._http1.newcomers():
+            protocol.abort()
 
     async def _wait_for_sockets(self, timeout_s: float) -> None:
         """Wait until the last socket is gone."""
@@ -268,16 +289,3 @@ class InterfaceServer:
                     await gone.wait()
             except TimeoutError:
                 _LOGGER.debug("%d sockets are dropped", len(self._http1.protocols))
-
-
-async def _unless(event: asyncio.Event, work: Any) -> None:
-    """Wait for ``work``, or until ``event`` is set: then ``work`` is cancelled."""
-    task = asyncio.ensure_future(work)
-    interrupted = asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait([task, interrupted], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-    finally:
-        task.cancel()
-        interrupted.cancel()

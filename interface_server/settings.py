@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from channel_layer.connection import EVENT_BYTES_MAX
+from interface_server.endpoints import parse_endpoint
 
 __all__ = ["InterfaceSettings"]
 
@@ -35,7 +36,9 @@ class InterfaceSettings:
     # How long a new connection waits for a broker that is away; then 503 (close 1013).
     broker_wait_s: float = 5.0
 
-    # Listening: the first that is given of fd, uds, host and port.
+    # Listening: the first that is given of fd, uds, host and port; and each of the endpoints (endpoints.py).
+    endpoints: tuple[str, ...] = ()  # Twisted's strings: tcp:8000, ssl:443:privateKey=key.pem:certKey=cert.pem, …
+    endpoints_only: bool = False  # fd, uds, host and port mean nothing
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free port; the line written when ready names it
     uds: str | None = None  # path of a unix socket; a stale one is replaced
@@ -110,12 +113,25 @@ class InterfaceSettings:
     # For the whole process.
     buffer_memory_bytes_max: int = 256 * 1024 * 1024  # of such broadcasts together; beyond: the slowest close first
     connections_max: int = 0  # uvicorn's --limit-concurrency: more connections get 503; 0: no limit
-    # After SIGTERM: how long running HTTP exchanges may go on before they are cut.
-    stop_grace_s: float = 5.0
+    # After SIGTERM: how long this server goes on as if nothing had happened, but for /readyz, so that a balancer
+    # sends its clients elsewhere before we refuse them.
+    drain_delay_s: float = 0.0
+    # Then: HTTP exchanges have this long to finish before they are cut, and over this time WebSockets are closed
+    # (1012). After SIGINT: 1 s at most (process_life.HURRIED_DRAIN_S).
+    drain_timeout_s: float = 20.0
+
+    # Health checks (channel_layer/admin.py). Whoever may connect there may read how this process is.
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0  # 0: none
+    # A loop that has not turned for so long ends the process, with its stack on stderr; 0: never. A supervisor sees
+    # to that where there is one.
+    hang_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}, must be 0 to 65535")
+        if not 0 <= self.admin_port <= 65535:
+            raise ValueError(f"admin_port is {self.admin_port}, must be 0 to 65535")
         if not re.fullmatch("0?[0-7]{3}", self.uds_permissions):
             raise ValueError(f"uds_permissions is {self.uds_permissions!r}, must be three octal digits")
         for name in (
@@ -150,11 +166,16 @@ class InterfaceSettings:
             "ws_ping_timeout_s",
             "ws_close_timeout_s",
             "connections_max",
-            "stop_grace_s",
+            "drain_delay_s",
+            "drain_timeout_s",
+            "hang_timeout_s",
         ):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
-        if self.ssl_certfile is None and any((self.ssl_keyfile, self.ssl_ca_certs, self.ssl_ciphers)):
+        is_tls = self.ssl_certfile is not None or any(parse_endpoint(text).certfile for text in self.endpoints)
+        if self.endpoints_only and not self.endpoints:
+            raise ValueError("endpoints_only is given, but no endpoint")
+        if not is_tls and any((self.ssl_keyfile, self.ssl_ca_certs, self.ssl_ciphers)):
             raise ValueError("a key, CA certificates or ciphers are given, but no certificate (ssl_certfile)")
         if self.ssl_cert_reqs not in ("none", "optional", "required"):
             raise ValueError(f"ssl_cert_reqs is {self.ssl_cert_reqs!r}, must be none, optional or required")

@@ -35,6 +35,7 @@ FOREIGN_FLAGS = {
     *("--ping-interval", "--ping-timeout", "--unix-socket", "--websocket-max-message-size"),
     *("--websocket_connect_timeout", "--websocket_timeout"),  # Daphne
     *("--build", "--profile", "--scale", "--detach"),  # docker compose
+    "--timeout-graceful-shutdown",  # uvicorn
     "--help",
     "--no-cache-dir",  # pip
     "--uvloop",  # benchmarks
@@ -161,6 +162,7 @@ def test_the_readme_has_every_flag():
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.flag)
 def test_the_readme_knows_who_has_a_flag(option):
     letters = {"S A": ("serve", "interface", "worker"), "S": ("serve", "interface"), "A": ("serve", "worker")}
+    letters["S A, `health`"] = (*letters["S A"], "health")
     shown = ROWS[option.flag][3].strip()
     assert letters.get(shown, (shown.strip("`"),)) == option.commands
 

@@ -3,6 +3,7 @@
     trunkline serve APP       embedded broker, interface servers and workers, supervised
     trunkline interface       interface servers
     trunkline worker APP      workers
+    trunkline health          ask one of these how it is
 
 With one process to run, ``interface`` and ``worker`` run it themselves; with more they supervise. Exit status: 0
 after a stop by signal, 2 for wrong input, 1 for what could not be done; in both cases one line on stderr says why.
@@ -13,10 +14,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import faulthandler
 import importlib.metadata
 import logging
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from trunkline.broker import EmbeddedBroker, find_server
+from trunkline.health import ask
 from trunkline.lifeline import hold_lifeline
 from trunkline.logs import configure_logging
 from trunkline.options import OPTIONS, UsageError, build_parser, load_env_file, parse, render_flags, render_secrets
@@ -31,6 +33,7 @@ from trunkline.reload import SourceWatch
 from trunkline.supervisor import ProcessSpec, Role, Supervisor
 
 if TYPE_CHECKING:
+    from interface_server.listening import Listener
     from interface_server.settings import InterfaceSettings
     from worker.settings import WorkerSettings
 
@@ -47,9 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     version = importlib.metadata.version("trunkline")
     try:
         options = parse(build_parser(version), sys.argv[1:] if argv is None else argv, os.environ)
+        if options.command == "health":
+            return _ask_health(options)
         if options.env_file is not None:
             load_env_file(options.env_file)
         configure_logging(options.log_level, options.log_config)
+        _write_stacks_when_aborted()
         with _own_packages_first():
             # Here, not at the top: an application's directory may hold a worker.py, and ours must be the
             # one that is imported. From here on nothing imports these packages by name again.
@@ -72,12 +78,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _ask_health(options: argparse.Namespace) -> int:
+    if not options.admin_port:
+        raise UsageError(
+            "trunkline health: --admin-port PORT (or TRUNKLINE_ADMIN_PORT) is expected, that of the command"
+        )
+    return ask(options.what, options.admin_host or "127.0.0.1", options.admin_port)
+
+
+def _write_stacks_when_aborted() -> None:
+    """SIGABRT, with which a supervisor ends what hangs, shows where it hangs."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # no stderr, or one without a descriptor
+        faulthandler.enable()
+
+
 def _take_activated_socket(options: argparse.Namespace) -> None:
     """Use the socket that systemd opened, unless the flags name one."""
     from interface_server.listening import activated_descriptor
 
-    if options.fd is None and options.uds is None and options.host is None and options.port is None:
+    if not _names_address(options) and not options.endpoint:
         options.fd = activated_descriptor(os.environ, os.getpid())
+
+
+def _names_address(options: argparse.Namespace) -> bool:
+    return any(value is not None for value in (options.fd, options.uds, options.host, options.port))
 
 
 @contextlib.contextmanager
@@ -110,6 +134,8 @@ def _interface_settings(options: argparse.Namespace) -> InterfaceSettings:
 
     values = _given(options, InterfaceSettings, "interface")
     values["redis_url"] = _redis_url(options)
+    # As with Daphne: an address that is named is listened on beside the endpoints, the default one is not.
+    values["endpoints_only"] = bool(options.endpoint) and not _names_address(options)
     return _checked(InterfaceSettings, values)
 
 
@@ -140,7 +166,7 @@ def _redis_url(options: argparse.Namespace) -> str:
 
 
 def _supervise(options: argparse.Namespace, version: str) -> int:
-    from interface_server.listening import describe, open_listening_socket
+    from interface_server.listening import describe_all, open_listeners
 
     # What is wrong with the input is said here, once, before every process says it.
     program = None
@@ -149,7 +175,7 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
     else:
         _check_broker(_redis_url(options))
     broker: EmbeddedBroker | None = None
-    listening: socket.socket | None = None
+    listeners: list[Listener] = []
     watch = None
     with contextlib.ExitStack() as stack:
         if program is not None:
@@ -157,9 +183,11 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
             stack.callback(broker.remove)
             options.redis = broker.url
         if options.command in ("serve", "interface"):
-            listening = stack.enter_context(open_listening_socket(_interface_settings(options)))
-            if options.uds is not None:
-                stack.callback(Path(options.uds).unlink, missing_ok=True)
+            listeners = open_listeners(_interface_settings(options))
+            for listener in listeners:
+                stack.enter_context(listener.socket)
+                if listener.path is not None:
+                    stack.callback(Path(listener.path).unlink, missing_ok=True)
         if options.command == "serve" and options.reload:
             watch = SourceWatch(options.reload_dir or (options.app_dir or ".",))
         # An application's own subprocesses and scripts find the broker, too.
@@ -169,45 +197,62 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
 
         def announce() -> None:
             what = options.app if options.command != "interface" else "sockets"
-            where = (
-                f" on {describe(listening, tls=options.ssl_certfile is not None)}" if listening is not None else ""
-            )
+            where = f" on {describe_all(listeners)}" if listeners else ""
             logger.info("Trunkline %s serves %s%s (Ctrl-C to quit)", version, what, where)
             logger.info("broker: %s%s", "embedded, " if broker is not None else "", _without_password(options.redis))
             logger.info("%s", "; ".join(_summary(supervisor)))
 
         supervisor = Supervisor(
-            _process_specs(options, listening),
+            _process_specs(options, listeners),
             broker=broker,
             environment=environment,
             on_ready=announce,
             watch=watch,
+            **_times(options),
         )
         return asyncio.run(supervisor.run())
 
 
-def _process_specs(options: argparse.Namespace, listening: socket.socket | None) -> list[ProcessSpec]:
+def _times(options: argparse.Namespace) -> dict[str, Any]:
+    """What the supervisor needs to know of its processes' settings."""
+    drains, values = [], {}
+    if options.command in ("serve", "interface"):
+        sockets = _interface_settings(options)
+        drains.append(sockets.drain_delay_s + sockets.drain_timeout_s)
+    if options.command in ("serve", "worker"):
+        worker = _worker_settings(options)
+        drains.append(worker.drain_timeout_s + worker.lifespan_shutdown_timeout_s)
+    settings: InterfaceSettings | WorkerSettings = sockets if options.command == "interface" else worker
+    for name in ("hang_timeout_s", "admin_host", "admin_port"):
+        values[name] = getattr(settings, name)
+    return {"stop_timeout_s": max(drains), **values}
+
+
+def _process_specs(options: argparse.Namespace, listeners: Sequence[Listener]) -> list[ProcessSpec]:
     # -P: the current directory must not come first, where an application's worker.py would hide ours.
     python = [sys.executable, "-P", "-m", "trunkline"]
     specs = []
-    if listening is not None:
+    if listeners:
         flags = render_flags(
-            options, "interface", skip=("host", "port", "uds", "uds_permissions", "fd", "reuse_port", "backlog")
+            options,
+            "interface",
+            skip=("host", "port", "uds", "uds_permissions", "fd", "endpoint", "reuse_port", "backlog"),
         )
-        command = [*python, "interface", f"--fd={listening.fileno()}", "--interfaces=1", *flags]
+        sockets = [f"--endpoint={listener.render_adopted()}" for listener in listeners]
+        command = [*python, "interface", *sockets, "--interfaces=1", "--admin-port=0", *flags]
         specs += [
             ProcessSpec(
                 role=Role.INTERFACE,
                 number=n,
                 command=command,
                 environment=render_secrets(options, "interface"),
-                pass_fds=(listening.fileno(),),
-                takes_hangup=options.ssl_certfile is not None,
+                pass_fds=tuple(listener.socket.fileno() for listener in listeners),
+                takes_hangup=any(listener.is_tls for listener in listeners),
             )
             for n in range(1, (options.interfaces or 1) + 1)
         ]
     if options.command in ("serve", "worker"):
-        command = [*python, "worker", options.app, "--workers=1", *render_flags(options, "worker")]
+        command = [*python, "worker", options.app, "--workers=1", "--admin-port=0", *render_flags(options, "worker")]
         specs += [
             ProcessSpec(role=Role.WORKER, number=n, command=command, environment=render_secrets(options, "worker"))
             for n in range(1, (options.workers or 1) + 1)

@@ -26,7 +26,9 @@ Command = str
 SERVE: Final = "serve"
 INTERFACE: Final = "interface"
 WORKER: Final = "worker"
+HEALTH: Final = "health"
 ALL: Final = (SERVE, INTERFACE, WORKER)
+EVERY: Final = (SERVE, INTERFACE, WORKER, HEALTH)
 SOCKETS: Final = (SERVE, INTERFACE)
 APPLICATION: Final = (SERVE, WORKER)
 
@@ -45,6 +47,7 @@ class Option:
     convert: Callable[[str], Any] | None = str  # None: a switch, --flag and --no-flag
     metavar: str | None = None
     repeat: bool = False
+    short: str | None = None  # a second spelling: one letter
     field: str | None = None  # field of the settings class, where its name differs from the flag's
     for_supervisor: bool = False  # not handed on to the processes it starts
     secret: bool = False  # handed on in the environment: everybody may read a command line
@@ -164,6 +167,16 @@ OPTIONS: Final[tuple[Option, ...]] = (
         commands=SOCKETS,
         convert=_integer(0),
         help="take over a listening socket with this file descriptor (one of systemd's is found without)",
+    ),
+    Option(
+        flag="endpoint",
+        short="e",
+        commands=SOCKETS,
+        metavar="TEXT",
+        repeat=True,
+        field="endpoints",
+        help="listen on this, too, in Twisted's words: tcp:8000:interface=127.0.0.1, unix:/run/app.sock, "
+        "ssl:443:privateKey=key.pem:certKey=cert.pem, systemd:domain=INET:index=0; may be repeated",
     ),
     Option(
         flag="reuse-port",
@@ -467,6 +480,53 @@ OPTIONS: Final[tuple[Option, ...]] = (
         field="close_timeout_s",
         help="an application has this long to return after its client left (10)",
     ),
+    Option(
+        flag="shutdown-timeout",
+        commands=APPLICATION,
+        convert=_seconds(zero_is_off=True),
+        metavar="S",
+        field="lifespan_shutdown_timeout_s",
+        help="the application's lifespan shutdown may take this long (30)",
+    ),
+    # Start and end
+    Option(
+        flag="drain-timeout",
+        commands=ALL,
+        convert=_seconds(zero_is_off=True),
+        metavar="S",
+        field="drain_timeout_s",
+        help="after SIGTERM: time for requests to finish, and for WebSockets to be handed over or closed (20)",
+    ),
+    Option(
+        flag="drain-delay",
+        commands=SOCKETS,
+        convert=_seconds(zero_is_off=True),
+        metavar="S",
+        field="drain_delay_s",
+        help="after SIGTERM: go on accepting for this long, not ready, while a balancer turns to others (0)",
+    ),
+    Option(
+        flag="hang-timeout",
+        commands=ALL,
+        convert=_seconds(zero_is_off=True),
+        metavar="S",
+        field="hang_timeout_s",
+        help="end a process whose loop is blocked for this long (60; 0: never)",
+    ),
+    Option(
+        flag="admin-host",
+        commands=EVERY,
+        for_supervisor=True,
+        help="address of the admin port (127.0.0.1)",
+    ),
+    Option(
+        flag="admin-port",
+        commands=EVERY,
+        for_supervisor=True,
+        convert=_integer(0, 65535),
+        metavar="PORT",
+        help="answer /healthz and /readyz on this port; health: ask there (0: none)",
+    ),
     # serve only
     Option(
         flag="reload",
@@ -525,6 +585,7 @@ def build_parser(version: str) -> argparse.ArgumentParser:
         (SERVE, "everything in one command: broker, interface servers, workers"),
         (INTERFACE, "interface servers: hold the sockets"),
         (WORKER, "workers: run the application"),
+        (HEALTH, "ask the admin port of a command how it is; the exit status answers"),
     ):
         sub = commands.add_parser(
             command,
@@ -534,6 +595,8 @@ def build_parser(version: str) -> argparse.ArgumentParser:
         )
         if command in APPLICATION:
             sub.add_argument("app", metavar="APP", nargs="?", help="module:attribute")
+        if command == HEALTH:
+            sub.add_argument("what", choices=("ready", "live"), nargs="?", default="ready", help="ready unless given")
         for option in OPTIONS:
             if command in option.commands:
                 _add_argument(sub, option)
@@ -548,7 +611,8 @@ def _add_argument(parser: argparse.ArgumentParser, option: Option) -> None:
     if option.repeat:
         flags["action"] = "append"
     # Values stay text here: they are converted in one place together with those of the environment.
-    parser.add_argument(f"--{option.flag}", metavar=option.metavar or option.flag.upper().replace("-", "_"), **flags)
+    names = [f"--{option.flag}", *([f"-{option.short}"] if option.short is not None else [])]
+    parser.add_argument(*names, metavar=option.metavar or option.flag.upper().replace("-", "_"), **flags)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
@@ -559,8 +623,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping
     """
     options = parser.parse_args(argv)
     if options.command is None:
-        raise UsageError("trunkline: a command is expected: serve, interface or worker (see trunkline --help)")
-    if options.env_file is None and environ.get("TRUNKLINE_ENV_FILE"):
+        raise UsageError("trunkline: a command is expected: serve, interface, worker, health (see trunkline --help)")
+    if options.command == HEALTH:
+        options.env_file = None
+    elif options.env_file is None and environ.get("TRUNKLINE_ENV_FILE"):
         options.env_file = environ["TRUNKLINE_ENV_FILE"]
     if options.env_file is not None:
         environ = {**_read_env_file(options.env_file), **environ}

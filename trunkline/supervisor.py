@@ -1,11 +1,12 @@
-"""Starts the processes of a command, keeps them alive, and ends them.
+"""Starts the processes of a command, keeps them alive, replaces them one by one, and ends them.
 
-    STARTING --all ready--> RUNNING --signal--> STOPPING --all ended--> (returns)
-        +-----a process could not start------------^
+    STARTING --all ready--> RUNNING --SIGTERM, SIGINT--> STOPPING --all ended--> (returns)
+        +-----a process could not start-------------------^
 
-The supervisor serves nothing itself: it binds the listening socket, starts the embedded broker, interface servers
-and workers, and replaces what dies, each after a wait that doubles. A process says that it is ready by writing a
-line to the pipe in ``TRUNKLINE_READY_FD``. What each process is, is a ``ProcessSpec``, made in cli.py.
+The supervisor serves nothing itself: it binds the listening sockets, starts the embedded broker, interface servers
+and workers, and replaces what dies, each after a wait that doubles. SIGHUP replaces the workers, one after the other:
+the new one is ready before the old one is told to end, so there are never fewer. What hangs is ended, and then it is
+dead like any other. One process is child.py; what each process is, is a ``ProcessSpec``, made in cli.py.
 """
 
 from __future__ import annotations
@@ -15,22 +16,23 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Sequence
 from enum import Enum
 from typing import Any, Final
 
+from channel_layer.admin import AdminServer, Answer, alive, readiness
+from channel_layer.readiness import BEAT_INTERVAL_S
 from trunkline.broker import EmbeddedBroker
-from trunkline.lifeline import LIFELINE_VARIABLE, load_parent_death_signal
+from trunkline.child import Child, Lifeline, ProcessSpec, Role
+from trunkline.lifeline import load_parent_death_signal
 from trunkline.reload import SourceWatch
+from trunkline.terminal import TerminalWatch
 
 __all__ = ["ProcessSpec", "Role", "Supervisor"]
 
 logger = logging.getLogger("trunkline.supervisor")
 
-READY_VARIABLE: Final = "TRUNKLINE_READY_FD"
 # A process that dies is started again after this long; the wait doubles while it keeps dying …
 RESTART_DELAY_S: Final = 0.1
 # … up to this: an application that cannot start then costs one attempt each 5 s, and a log line.
@@ -38,70 +40,16 @@ RESTART_DELAY_S_MAX: Final = 5.0
 # A process that lived this long is not "keeping dying".
 STEADY_AFTER_S: Final = 10.0
 BROKER_START_TIMEOUT_S: Final = 10.0
-# After SIGTERM a process has this long; then it is killed. Above the processes' own grace periods: a worker lets its
-# connections end (10 s, and 2 s for threads) and its lifespan shut down (30 s).
-STOP_TIMEOUT_S: Final = 45.0
-RELOAD_STOP_TIMEOUT_S: Final = 5.0
+# A process that is told to end has its drain, its lifespan shutdown, and so long for everything else; then it is
+# killed. A worker lets cancelled applications end (2 s), says goodbye (2 s) and waits for threads (2 s).
+STOP_MARGIN_S: Final = 8.0
 BROKER_STOP_TIMEOUT_S: Final = 2.0
-
-
-class Role(Enum):
-    """What a process is; they are started in this order and ended so that clients hear of it first."""
-
-    BROKER = "broker"
-    INTERFACE = "interface server"
-    WORKER = "worker"
 
 
 class Phase(Enum):
     STARTING = "starting"
     RUNNING = "running"
     STOPPING = "stopping"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessSpec:
-    """One process to keep alive."""
-
-    role: Role
-    number: int
-    command: Sequence[str]
-    environment: Mapping[str, str] = field(default_factory=dict)  # on top of the supervisor's
-    pass_fds: tuple[int, ...] = ()
-    takes_hangup: bool = False  # SIGHUP is passed on to it: it reads files again
-
-    @property
-    def title(self) -> str:
-        return self.role.value if self.role is Role.BROKER else f"{self.role.value} {self.number}"
-
-
-class Child:
-    """One supervised process through all its lives."""
-
-    def __init__(self, spec: ProcessSpec) -> None:
-        self.spec = spec
-        self.process: asyncio.subprocess.Process | None = None
-        self.ready: asyncio.Future[bool] | None = None  # True: ready; False: ended before it was
-        self.ready_pipe: int | None = None  # our end of it, until a line or the end of file was read
-        self.keeper: asyncio.Task[None] | None = None  # starts another when it has ended
-        self.started_at = 0.0
-        self.deaths_in_a_row = 0
-
-    def __repr__(self) -> str:
-        pid = self.process.pid if self.process is not None else None
-        return f"<Child {self.spec.title}, pid {pid}, {self.deaths_in_a_row} deaths in a row>"
-
-    @property
-    def alive(self) -> bool:
-        return self.process is not None and self.process.returncode is None
-
-    @property
-    def is_ready(self) -> bool:
-        return self.ready is not None and self.ready.done() and self.ready.result()
-
-    def restart_delay_s(self) -> float:
-        exponent = min(self.deaths_in_a_row, 16)
-        return min(RESTART_DELAY_S_MAX, RESTART_DELAY_S * 2.0**exponent)
 
 
 class Supervisor:
@@ -115,72 +63,114 @@ class Supervisor:
         environment: dict[str, str] | None = None,
         on_ready: Callable[[], None] = lambda: None,
         watch: SourceWatch | None = None,
+        stop_timeout_s: float = 60.0,
+        hang_timeout_s: float = 60.0,
+        admin_host: str = "127.0.0.1",
+        admin_port: int = 0,
     ) -> None:
+        """``stop_timeout_s``: longest drain and lifespan shutdown; ``hang_timeout_s`` and ``admin_port`` 0: none."""
         self.phase = Phase.STARTING
         self.children = [Child(spec) for spec in specs]
         self.broker = broker
         self._broker_child: Child | None = None
         if broker is not None:
             self._broker_child = Child(ProcessSpec(role=Role.BROKER, number=1, command=broker.command_line()))
+        # Processes beside those in ``children``, while one takes the place of another: the new one until it is ready,
+        # then the old one until it has ended. One of each at most, but for --reload: as many as there are workers.
+        self._passing: set[Child] = set()
         self._environment = {**os.environ, **(environment or {})}
         self._on_ready = on_ready
         self._watch = watch
+        self._stop_timeout_s = stop_timeout_s + STOP_MARGIN_S
+        self._hang_timeout_s = hang_timeout_s
+        self._admin: AdminServer | None = None
+        if admin_port:
+            self._admin = AdminServer(admin_host, admin_port, {"/healthz": alive, "/readyz": self._readiness})
         self._status = 0
-        self._parent_death_signal = load_parent_death_signal()
-        self._lifeline_read, self._lifeline_write = os.pipe()  # the write end is never inherited
+        # What a death in the first phase is, is decided by whether the command has ever been ready.
+        lifeline_read, self._lifeline_write = os.pipe()  # the write end is never inherited
+        self._lifeline = Lifeline(read_descriptor=lifeline_read, ask_for_signal=load_parent_death_signal())
         self._stop_requested: asyncio.Event | None = None
+        self._stop_signal = signal.SIGTERM  # with what the processes are told to end
+        self._roll_requested: asyncio.Event | None = None
+        self._background: set[asyncio.Task[None]] = set()  # while RUNNING
 
     def __repr__(self) -> str:
         return f"<Supervisor {self.phase.value}, {sum(child.alive for child in self.children)} processes>"
 
     async def run(self) -> int:
-        """Run everything; return the exit status of the command."""
+        """Run everything; return the exit status of the command. Raises AdminPortError."""
         loop = asyncio.get_running_loop()
-        self._stop_requested = asyncio.Event()
+        self._stop_requested, self._roll_requested = asyncio.Event(), asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signalled)
-        if any(child.spec.takes_hangup for child in self.children):
-            loop.add_signal_handler(signal.SIGHUP, self._hung_up)
+            loop.add_signal_handler(number, self._signalled, number)
+        terminal = TerminalWatch()
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up, terminal)
         try:
+            if self._admin is not None:
+                await self._admin.start()
             if await self._start():
                 self.phase = Phase.RUNNING
                 self._on_ready()
-                reloader: asyncio.Task[None] | None = None
+                self._run_in_background(self._roll_when_asked(), "replace workers")
+                if self._hang_timeout_s:
+                    self._run_in_background(self._watch_for_hanging(), "watch for processes that hang")
                 if self._watch is not None:
-                    reloader = asyncio.create_task(self._reload_on_change(), name="restart workers on changes")
-                    reloader.add_done_callback(self._keeper_ended)
+                    self._run_in_background(self._reload_on_change(), "restart workers on changes")
                 await self._stop_requested.wait()
-                if reloader is not None:
-                    reloader.cancel()
-                    await asyncio.wait((reloader,))
             self.phase = Phase.STOPPING
             await self._stop()
         finally:
             for child in self._all_children():  # only after a fault of our own
-                if child.alive and child.process is not None:
-                    child.process.kill()
-            os.close(self._lifeline_read)
+                child.send(signal.SIGKILL)
+            if self._admin is not None:
+                await self._admin.close()
+            os.close(self._lifeline.read_descriptor)
             os.close(self._lifeline_write)
         return self._status
 
     def _all_children(self) -> list[Child]:
-        return self.children + ([self._broker_child] if self._broker_child is not None else [])
+        broker = [self._broker_child] if self._broker_child is not None else []
+        return [*self.children, *self._passing, *broker]
 
-    def _signalled(self) -> None:
+    def _workers(self) -> list[Child]:
+        return [child for child in self.children if child.spec.role is Role.WORKER]
+
+    def _readiness(self) -> Answer:
+        if self.phase is not Phase.RUNNING:
+            return readiness({child.spec.title: self.phase.value for child in self.children})
+        now = asyncio.get_running_loop().time()
+        return readiness({child.spec.title: child.explain_unready(now) for child in self.children})
+
+    def _run_in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._task_ended)
+
+    # Signals
+
+    def _signalled(self, number: signal.Signals) -> None:
         assert self._stop_requested is not None
         if self._stop_requested.is_set():
             logger.warning("second signal: ending everything at once")
             for child in self._all_children():
-                if child.alive and child.process is not None:
-                    child.process.kill()
+                child.send(signal.SIGKILL)
             return
+        self._stop_signal = number
         self._stop_requested.set()
 
-    def _hung_up(self) -> None:
+    def _hung_up(self, terminal: TerminalWatch) -> None:
+        if terminal.is_gone():
+            self._signalled(signal.SIGTERM)
+            return
         for child in self.children:
             # One that is not ready yet might not expect the signal, and reads the files anyway.
-            if child.spec.takes_hangup and child.process is not None and child.alive and child.is_ready:
-                child.process.send_signal(signal.SIGHUP)
+            if child.spec.takes_hangup and child.is_ready:
+                child.send(signal.SIGHUP)
+        if self._workers():
+            assert self._roll_requested is not None
+            self._roll_requested.set()
 
     # Starting
 
@@ -204,11 +194,18 @@ class Supervisor:
                 await self._spawn(child)
                 self._keep(child)
             for child in children:
-                assert child.ready is not None
-                either: set[asyncio.Future[Any]] = {child.ready, stop}
-                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-                if self._stop_requested.is_set() or not child.ready.result():
-                    return False  # in the second case the keeper has set the status
+                while not child.is_ready:
+                    assert child.ready is not None
+                    assert child.keeper is not None
+                    # The keeper ends when it gives the child up; else it starts another, which has a new ``ready``.
+                    waits: set[asyncio.Future[Any]] = {child.ready, child.keeper, stop}
+                    if child.ready.done():
+                        waits.remove(child.ready)
+                        await asyncio.wait(waits, timeout=RESTART_DELAY_S, return_when=asyncio.FIRST_COMPLETED)
+                    else:
+                        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                    if self._stop_requested.is_set() or child.keeper.done():
+                        return False  # in the second case the keeper has set the status
         finally:
             stop.cancel()
         return True
@@ -235,62 +232,13 @@ class Supervisor:
         return False
 
     async def _spawn(self, child: Child) -> None:
-        loop = asyncio.get_running_loop()
-        environment = {**self._environment, **child.spec.environment}
-        pass_fds = list(child.spec.pass_fds)
-        ready_read = ready_write = None
-        child.ready = loop.create_future()
-        # Open still if the last one started a process that outlives it and holds the other end.
-        self._close_ready_pipe(child)
-        if child.spec.role is not Role.BROKER:
-            ready_read, ready_write = os.pipe()
-            environment[READY_VARIABLE] = str(ready_write)
-            environment[LIFELINE_VARIABLE] = str(self._lifeline_read)
-            pass_fds += [ready_write, self._lifeline_read]
-        try:
-            child.process = await asyncio.create_subprocess_exec(
-                *child.spec.command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL if child.spec.role is Role.BROKER else None,
-                env=environment,
-                pass_fds=pass_fds,
-                # Ctrl-C in a terminal reaches the whole foreground group: only the supervisor may act on it.
-                start_new_session=True,
-                preexec_fn=self._parent_death_signal,
-            )
-        except BaseException:
-            if ready_read is not None:
-                os.close(ready_read)
-            raise
-        finally:
-            if ready_write is not None:
-                os.close(ready_write)
-        child.started_at = loop.time()
-        if ready_read is not None:
-            child.ready_pipe = ready_read
-            loop.add_reader(ready_read, self._ready_pipe_readable, child, ready_read)
-        logger.debug("%s started, pid %d", child.spec.title, child.process.pid)
-
-    def _ready_pipe_readable(self, child: Child, descriptor: int) -> None:
-        line = os.read(descriptor, 4096)
-        self._close_ready_pipe(child)
-        if line and child.ready is not None and not child.ready.done():
-            logger.debug("%s: %s", child.spec.title, line.decode("utf-8", "replace").strip())
-            child.ready.set_result(True)
-        # End of file without a line: the process has ended or is about to; its keeper sees that.
-
-    @staticmethod
-    def _close_ready_pipe(child: Child) -> None:
-        if child.ready_pipe is not None:
-            asyncio.get_running_loop().remove_reader(child.ready_pipe)
-            os.close(child.ready_pipe)
-            child.ready_pipe = None
+        await child.spawn(self._environment, self._lifeline)
 
     # Keeping alive
 
     def _keep(self, child: Child) -> None:
         child.keeper = asyncio.create_task(self._keep_alive(child), name=f"keep {child.spec.title} alive")
-        child.keeper.add_done_callback(self._keeper_ended)
+        child.keeper.add_done_callback(self._task_ended)
 
     async def _keep_no_more(self, children: Sequence[Child]) -> None:
         """From now on nothing is started in the place of ``children``; what runs, runs on."""
@@ -299,7 +247,7 @@ class Supervisor:
             keeper.cancel()
         await asyncio.gather(*keepers, return_exceptions=True)
 
-    def _keeper_ended(self, task: asyncio.Task[None]) -> None:
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             assert self._stop_requested is not None
             logger.critical("%s failed", task.get_name(), exc_info=error)
@@ -312,17 +260,17 @@ class Supervisor:
         while True:
             assert child.process is not None
             assert child.ready is not None
-            status = await child.process.wait()
-            was_ready = child.ready.done()
-            if not was_ready:
-                child.ready.set_result(False)
+            status = await child.wait_ended()
+            was_ready = child.is_ready
             if self._stop_requested.is_set():
                 return
-            if self.phase is Phase.STARTING and child.spec.role is not Role.BROKER and not was_ready:
+            # One that could not reach a broker that answered a moment ago is tried again, as one that runs would try.
+            is_final = not was_ready and not child.is_broker_away and child.spec.role is not Role.BROKER
+            if is_final and self.phase is Phase.STARTING:
                 # It has said why itself. What cannot start now would not start the next time.
                 self._status = status if status > 0 else 1
                 return
-            if self._watch is not None and child.spec.role is Role.WORKER and not was_ready:
+            if is_final and self._watch is not None and child.spec.role is Role.WORKER:
                 logger.warning("%s could not start; waiting for a file to change", child.spec.title)
                 return
             if loop.time() - child.started_at > STEADY_AFTER_S:
@@ -332,7 +280,7 @@ class Supervisor:
     async def _start_another(self, child: Child, what_happened: str) -> None:
         """Wait, and start a process, until that succeeds."""
         while True:
-            delay_s = child.restart_delay_s()
+            delay_s = min(RESTART_DELAY_S_MAX, RESTART_DELAY_S * 2.0 ** min(child.deaths_in_a_row, 16))
             child.deaths_in_a_row += 1
             logger.error("%s %s; starting another in %.1f s", child.spec.title, what_happened, delay_s)
             await asyncio.sleep(delay_s)
@@ -347,44 +295,113 @@ class Supervisor:
             else:
                 return
 
+    async def _watch_for_hanging(self) -> None:
+        """End processes that have said nothing for too long; their keepers start others."""
+        loop = asyncio.get_running_loop()
+        last_look = loop.time()
+        while True:
+            await asyncio.sleep(min(BEAT_INTERVAL_S, self._hang_timeout_s / 4))
+            now = loop.time()
+            # If we did not turn either (frozen, or a suspended machine), nobody is to blame for it.
+            away_s, last_look = max(0.0, now - last_look - 2 * BEAT_INTERVAL_S), now
+            for child in self.children:
+                child.heard_at += away_s
+                if child.spec.role is Role.BROKER or not (child.alive and child.is_ready):
+                    continue
+                if now - child.heard_at > self._hang_timeout_s:
+                    assert child.process is not None
+                    logger.error(
+                        "%s (pid %d) hangs: its loop has not turned for %.0f s; it is ended, with its stack:",
+                        *(child.spec.title, child.process.pid, now - child.heard_at),
+                    )
+                    await child.end_hung()
+
+    # Replacing workers
+
+    async def _roll_when_asked(self) -> None:
+        assert self._roll_requested is not None
+        while True:
+            await self._roll_requested.wait()
+            self._roll_requested.clear()  # a signal that comes meanwhile asks for another round
+            workers = self._workers()
+            logger.info("replacing %d worker%s, one after the other", len(workers), "s" if len(workers) > 1 else "")
+            for number, worker in enumerate(workers, start=1):
+                if not await self._replace(worker):
+                    logger.error(
+                        "%s is not replaced: the new one could not start; %s", worker.spec.title, _who_stays(number)
+                    )
+                    break
+            else:
+                logger.info("all workers are replaced")
+
+    async def _replace(self, old: Child) -> bool:
+        """Put a new process into the place of ``old``; False, and ``old`` stays, if it cannot start."""
+        new = Child(old.spec)
+        self._passing.add(new)
+        try:
+            await self._spawn(new)
+        except OSError as error:
+            logger.error("%s could not be started: %s", new.spec.title, error)
+            self._passing.discard(new)
+            return False
+        assert new.ready is not None
+        ended = asyncio.create_task(new.wait_ended())
+        try:
+            await asyncio.wait((new.ready, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        self._passing.discard(new)
+        if not new.is_ready:
+            return False
+        # From here on ``new`` is the worker; ``old`` is not replaced any more when it ends.
+        await self._keep_no_more((old,))
+        self.children[self.children.index(old)] = new
+        self._keep(new)
+        self._passing.add(old)
+        await old.end(signal.SIGTERM, self._stop_timeout_s)
+        self._passing.discard(old)
+        return True
+
     async def _reload_on_change(self) -> None:
+        """Replace all workers at once: nobody is to see the old code any more, and nobody waits for its drain."""
         assert self._watch is not None
         while True:
             path = await self._watch.changed()
             logger.warning("%s changed: restarting the workers", path)
-            workers = [child for child in self.children if child.spec.role is Role.WORKER]
+            workers = self._workers()
             # First the keepers: one that waits to replace a dead worker would start a second one beside ours.
             await self._keep_no_more(workers)
-            await asyncio.gather(*(self._end(child, RELOAD_STOP_TIMEOUT_S) for child in workers))
-            for child in workers:
-                child.deaths_in_a_row = 0
-                await self._spawn(child)
-                self._keep(child)
+            for old in workers:
+                new = Child(old.spec)
+                self.children[self.children.index(old)] = new
+                self._passing.add(old)
+                self._run_in_background(self._hurry(old), f"end {old.spec.title}")
+                await self._spawn(new)
+                self._keep(new)
+
+    async def _hurry(self, old: Child) -> None:
+        """As after Ctrl-C: it takes nothing more at once, and hands over what it can."""
+        await old.end(signal.SIGINT, STOP_MARGIN_S)
+        self._passing.discard(old)
 
     # Stopping
 
     async def _stop(self) -> None:
         """Interface servers first, so that clients hear of it; then the workers; the broker carries both."""
         await self._keep_no_more(self._all_children())
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for role in (Role.INTERFACE, Role.WORKER):
-            await asyncio.gather(
-                *(self._end(child, STOP_TIMEOUT_S) for child in self.children if child.spec.role is role)
-            )
+            children = [child for child in (*self.children, *self._passing) if child.spec.role is role]
+            await asyncio.gather(*(child.end(self._stop_signal, self._stop_timeout_s) for child in children))
         if self._broker_child is not None:
-            await self._end(self._broker_child, BROKER_STOP_TIMEOUT_S)
+            await self._broker_child.end(signal.SIGTERM, BROKER_STOP_TIMEOUT_S)
 
-    async def _end(self, child: Child, timeout_s: float) -> None:
-        if not child.alive or child.process is None:
-            return
-        child.process.terminate()
-        try:
-            await asyncio.wait_for(child.process.wait(), timeout_s)
-        except TimeoutError:
-            logger.error(
-                "%s (pid %d) did not end within %.0f s: killing it", child.spec.title, child.process.pid, timeout_s
-            )
-            child.process.kill()
-            await child.process.wait()
+
+def _who_stays(number: int) -> str:
+    return "the old ones serve on" if number == 1 else "it and those behind it serve on as they are"
 
 
 def _how_it_ended(status: int) -> str:

@@ -18,16 +18,16 @@ import contextvars
 import gc
 import logging
 import os
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 import channel_layer
+from channel_layer.admin import AdminPortError
 from channel_layer.base import ProcessLayer
 from channel_layer.connection import FlowControlError
 from channel_layer.encryption import Cipher, read_keys
@@ -36,6 +36,7 @@ from channel_layer.frames import Frame, FrameKind, build_closed
 from channel_layer.link import GIVEN_UP_REASONS
 from channel_layer.openings import Opening, decode_opening
 from channel_layer.process_layer import RedisProcessLayer
+from channel_layer.process_life import INTERRUPTED, ProcessLife, StatusPipe, WrongInput, fail, unless
 from worker.application import Application, build_application
 from worker.background import BackgroundChannel
 from worker.instance import CURRENT_INSTANCE, Instance, Phase
@@ -74,7 +75,6 @@ FORCED_LEAVE_TIMEOUT_S: Final = 0.5
 # calls wait for a free one. asgiref's variable overrides it.
 THREADS_MAX: Final = 64
 THREADS_VARIABLE: Final = "ASGI_THREADS"
-READY_VARIABLE: Final = "TRUNKLINE_READY_FD"
 
 _PROTOCOLS: Final[Mapping[str, str]] = {HTTP_CHANNEL: "http", WEBSOCKET_CHANNEL: "websocket"}
 
@@ -181,6 +181,10 @@ class WorkerProcess:
             adopted_count=self._adopted_count,
             given_away_count=self._given_away_count,
         )
+
+    def load(self) -> tuple[int, int]:
+        """How many connections there are, and may be."""
+        return sum(self._counts.values()), sum(self._limits.values())
 
     def instances(self) -> list[Instance]:
         return [instance for of_peer in self._peers.values() for instance in of_peer.values()]
@@ -577,34 +581,26 @@ def _claim_all(instances: list[Instance]) -> None:
 # The life of the process
 
 
-class _WrongInput(Exception):
-    """The operator's settings cannot be used; the text is the line for the operator."""
-
-
 def run(settings: WorkerSettings) -> int:
     """Run a worker until SIGTERM or SIGINT; return the exit status.
 
     0 a clean stop, 1 it could not run or not stop cleanly, 2 wrong input; what was wrong is one line on stderr. A
     second signal ends the process at once, and so does an application that cannot be ended, without returning.
     """
+    pipe = StatusPipe(os.environ)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_serve(settings))
+            return runner.run(_serve(settings, pipe))
     except ApplicationError as error:
         if error.details:
             print(error.details, file=sys.stderr)
-        return _fail(error, 2)
-    except (BrokerUnsuitable, _WrongInput) as error:
-        return _fail(error, 2)
-    except (BrokerUnavailable, LifespanFailed) as error:
-        return _fail(error, 1)
+        return fail(error, 2, pipe=pipe)
+    except (BrokerUnsuitable, WrongInput) as error:
+        return fail(error, 2, pipe=pipe)
+    except (BrokerUnavailable, LifespanFailed, AdminPortError) as error:
+        return fail(error, 1, pipe=pipe)
     except KeyboardInterrupt:  # before the signal handlers were there
-        return _fail("interrupted", 1)
-
-
-def _fail(error: Exception | str, status: int) -> int:
-    print(f"trunkline: {error}", file=sys.stderr)
-    return status
+        return fail("interrupted", 1, pipe=pipe)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -616,7 +612,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return factory
 
 
-async def _serve(settings: WorkerSettings) -> int:
+async def _serve(settings: WorkerSettings, pipe: StatusPipe) -> int:
     loop = asyncio.get_running_loop()
     threads = os.environ.get(THREADS_VARIABLE, "")
     threads_max = int(threads) if threads.isdigit() and int(threads) else THREADS_MAX
@@ -632,18 +628,25 @@ async def _serve(settings: WorkerSettings) -> int:
     process = WorkerProcess(settings, application=application, layer=layer, state=lifespan.state)
     layer.epoch_of = process.epoch_of
     # From here on signals are ours; until here they end the process as they end any Python.
-    stop, at_once = asyncio.Event(), asyncio.Event()
-    _install_signal_handlers(loop, stop, at_once)
+    life = ProcessLife(
+        "worker",
+        pipe=pipe,
+        admin_host=settings.admin_host,
+        admin_port=settings.admin_port,
+        hang_timeout_s=settings.hang_timeout_s,
+    )
+    await life.start()
     await layer.start(process)  # before the lifespan, which may use the layer
     try:
-        is_clean = await _serve_connections(settings, lifespan, process, stop=stop, at_once=at_once)
+        is_clean = await _serve_connections(settings, lifespan, process, layer, life)
     finally:
         try:
-            async with asyncio.timeout(FORCED_LEAVE_TIMEOUT_S if at_once.is_set() else None):
+            async with asyncio.timeout(FORCED_LEAVE_TIMEOUT_S if life.at_once.is_set() else None):
                 await layer.stop()
         except TimeoutError:
             logger.warning("the other processes will find this worker gone by its lease")
-    if at_once.is_set():
+        await life.close()
+    if life.at_once.is_set():
         _leave_at_once(1)
     # Threads that run the application's synchronous code cannot be ended, and a task may refuse to be cancelled:
     # Python would wait for them for ever. Most are idle and end at once; this thread ends with the process then.
@@ -654,33 +657,30 @@ async def _serve(settings: WorkerSettings) -> int:
 
 
 async def _serve_connections(
-    settings: WorkerSettings,
-    lifespan: Lifespan,
-    process: WorkerProcess,
-    *,
-    stop: asyncio.Event,
-    at_once: asyncio.Event,
+    settings: WorkerSettings, lifespan: Lifespan, process: WorkerProcess, layer: RedisProcessLayer, life: ProcessLife
 ) -> bool:
     """From lifespan startup to lifespan shutdown; True if everything ended well. Raises LifespanFailed."""
-    started = await _unless(stop, lifespan.startup())
-    if stop.is_set() and started is _INTERRUPTED:
+    started = await unless(life.stop, lifespan.startup())
+    if life.stop.is_set() and started is INTERRUPTED:
         return True
     process.start()
-    _announce_ready()
+    life.serving(layer, load=process.load)
     # What exists now stays: no need to look through it at every collection.
     gc.collect()
     gc.freeze()
     logger.info("worker %s runs %s", process.process_id, settings.application)
     is_clean = True
-    failed = await _unless(stop, process.wait_failed())
+    failed = await unless(life.stop, process.wait_failed())
     if isinstance(failed, BaseException):
         logger.critical("worker %s cannot take connections any more", process.process_id, exc_info=failed)
         is_clean = False
+    life.draining()
     logger.info("%r stops", process)
-    if await process.stop(settings.stop_timeout_s, at_once=at_once):
+    if await process.stop(life.drain_timeout_s(settings.drain_timeout_s), at_once=life.at_once):
         is_clean = False
     # ASGI "Lifespan", Shutdown: behind the last connection.
-    return await _unless(at_once, lifespan.shutdown(settings.lifespan_shutdown_timeout_s)) is True and is_clean
+    ended = await unless(life.at_once, lifespan.shutdown(settings.lifespan_shutdown_timeout_s))
+    return ended is True and is_clean
 
 
 def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:
@@ -692,48 +692,7 @@ def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:
             cipher=Cipher(read_keys(settings.encryption_keys)),
         )
     except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with
-        raise _WrongInput(str(error)) from error
-
-
-def _install_signal_handlers(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, at_once: asyncio.Event) -> None:
-    def received() -> None:
-        if stop.is_set():
-            at_once.set()
-        stop.set()
-
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, received)
-
-
-_INTERRUPTED: Final = object()
-
-
-async def _unless(event: asyncio.Event, work: Coroutine[Any, Any, object]) -> object:
-    """The result of ``work``, or _INTERRUPTED if ``event`` is set first: then ``work`` is cancelled or not begun."""
-    if event.is_set():
-        work.close()
-        return _INTERRUPTED
-    task = asyncio.ensure_future(work)
-    interrupted = asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait([task, interrupted], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        task.cancel()
-        await asyncio.wait([task])
-        return _INTERRUPTED
-    finally:
-        task.cancel()
-        interrupted.cancel()
-
-
-def _announce_ready() -> None:
-    """Tell the supervisor, which waits on a pipe."""
-    descriptor = os.environ.pop(READY_VARIABLE, "")  # not for the application's own subprocesses
-    if descriptor:
-        with os.fdopen(int(descriptor), "wb") as pipe:
-            pipe.write(b"ready\n")
+        raise WrongInput(str(error)) from error
 
 
 def _leave_after(timeout_s: float) -> NoReturn:

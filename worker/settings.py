@@ -69,19 +69,28 @@ class WorkerSettings:
     # An application whose client left before the exchange was complete has this long to return; then it is
     # cancelled, with a log line that says where it waited. Not applied to work after a complete HTTP response.
     close_timeout_s: float = 10.0
-    # After SIGTERM: running HTTP requests have this long to finish and WebSocket applications to return; then
-    # they are cancelled.
-    stop_timeout_s: float = 10.0
+    # After SIGTERM: HTTP requests have this long to finish, WebSockets to be handed over or else to be closed (1012)
+    # towards its end; then what still runs is cancelled. After SIGINT: 1 s at most (process_life.HURRIED_DRAIN_S).
+    drain_timeout_s: float = 20.0
     # The application's lifespan shutdown; then its task is cancelled.
     lifespan_shutdown_timeout_s: float = 30.0
+
+    # Health checks (channel_layer/admin.py). Whoever may connect there may read how this process is.
+    admin_host: str = "127.0.0.1"
+    admin_port: int = 0  # 0: none
+    # A loop that has not turned for so long ends the process, with its stack on stderr; 0: never. A supervisor sees
+    # to that where there is one.
+    hang_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("concurrency", "websockets_max", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("close_timeout_s", "stop_timeout_s", "lifespan_shutdown_timeout_s"):
+        for name in ("close_timeout_s", "drain_timeout_s", "lifespan_shutdown_timeout_s", "hang_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        if not 0 <= self.admin_port <= 65535:
+            raise ValueError(f"admin_port is {self.admin_port}, must be 0 to 65535")
         if not self.channels or len(set(self.channels)) < len(self.channels):
             raise ValueError(f"channels are {self.channels!r}, must be one or more different ones")
         for channel in self.channels:

@@ -1373,20 +1373,27 @@ async def test_malformed_addressees_hurt_nobody(bench, caplog, addressees):
 # Stopping
 
 
-async def test_stop_closes_websockets_and_lets_requests_finish(bench):
+async def test_a_drain_closes_websockets_and_lets_requests_finish(bench):
     socket, request, waiting = await bench.accepted(), await bench.owned("http"), bench.open()
     bench.connections.stop()
+    assert (socket.log, request.log, waiting.log) == ([], [], [])
+    draining = asyncio.create_task(bench.connections.drain(5))
+    await turn()
+    bench.now += 1.0  # few sockets: they go within a moment
+    async with asyncio.timeout(5):
+        while not (socket.log and waiting.log):  # noqa: ASYNC110 - the pace has steps of its own
+            await asyncio.sleep(0.01)
     assert (socket.log, request.log, waiting.log) == ([Refusal.STOPPING], [], [Refusal.STOPPING])
     (frame,) = [frame for _, frame in bench.take_sent() if frame[0] == FrameKind.LAST]
     assert decode_event(frame[3])["code"] == 1012
-    late = bench.open("http")
+    late, request_on_an_old_socket = bench.open(), await bench.owned("http")
     await turn()
     assert late.log == [Refusal.STOPPING]
-    waiter = asyncio.create_task(bench.connections.wait_idle(5))
-    await turn()
-    assert not waiter.done()
-    request.connection.finished()
-    assert await waiter
+    assert request_on_an_old_socket.log == []
+    assert not draining.done()
+    for each in (request, request_on_an_old_socket):
+        each.connection.finished()
+    await draining
 
 
 async def test_a_response_that_is_still_being_read_is_waited_for_and_then_cut(bench):

@@ -1115,6 +1115,8 @@ def test_any_other_upgrade_is_a_plain_request_with_its_body(head: bytes) -> None
 
 def test_stop_closes_idle_sockets_and_lets_requests_finish() -> None:
     idle, busy, streaming, websocket = World(), World(), World(), World()
+    idle.feed(GET)
+    idle.last.respond()
     busy.feed(GET)
     streaming.feed(GET)
     streaming.last.respond(b"x", more=True)
@@ -1129,6 +1131,21 @@ def test_stop_closes_idle_sockets_and_lets_requests_finish() -> None:
     streaming.last.send(b"y")
     assert streaming.calls == ["close"]
     assert websocket.calls == []
+
+
+@pytest.mark.parametrize("begun", [b"", GET[:10]])
+def test_a_first_request_that_is_on_its_way_when_the_server_stops_is_answered(begun: bytes) -> None:
+    world = World()
+    if begun:
+        world.feed(begun)
+    assert world.factory.newcomers() == ([] if begun else [world.protocol])
+    world.factory.stop()
+    assert world.calls == []
+    world.feed(GET[len(begun) :])
+    assert world.factory.newcomers() == []
+    world.last.respond()
+    assert b"connection: close\r\n" in world.take()
+    assert world.calls == ["close"]
 
 
 def test_a_socket_that_comes_while_stopping_is_closed() -> None:

@@ -70,6 +70,7 @@ async def test_messages_of_groups_go_to_the_socket_or_to_the_application_by_thei
 async def test_a_stop_ends_the_connection_on_both_sides(bench):
     client = await opened(bench)
     bench.connections.stop()
+    await bench.connections.drain(0)
     assert client.log == [Refusal.STOPPING]
     assert sent_to_the_application(bench) == [{"type": "tcp.disconnect"}]
     assert bench.connections.open_count == 0

@@ -47,7 +47,7 @@ def test_every_field_but_the_url_has_a_default():
         ("ws_ping_timeout_s", -1.0),
         ("ws_close_timeout_s", -1.0),
         ("connections_max", -1),
-        ("stop_grace_s", -1.0),
+        ("drain_timeout_s", -1.0),
         ("window_bytes", 65536),
     ],
 )

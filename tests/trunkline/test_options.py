@@ -50,7 +50,7 @@ def test_variables_of_other_commands_are_not_looked_at():
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        ([], "a command is expected: serve, interface or worker"),
+        ([], "a command is expected: serve, interface, worker, health"),
         (["serve"], "trunkline serve: APP is expected"),
         (["serve", "a:b", "--port", "eighty"], "--port: 'eighty' is not valid: a whole number is expected"),
         (["serve", "a:b", "--port", "65536"], "--port: '65536' is not valid: 0 to 65535 expected"),

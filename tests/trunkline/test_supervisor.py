@@ -21,7 +21,7 @@ from trunkline.reload import SourceWatch
 from trunkline.supervisor import ProcessSpec, Role, Supervisor
 
 PATIENCE_S = 20.0
-READY = "import os, sys, time; os.write(int(os.environ['TRUNKLINE_READY_FD']), b'ready\\n'); "
+READY = "import os, sys, time; os.write(int(os.environ['TRUNKLINE_STATUS_FD']), b'ready\\n'); "
 STAYS = READY + "time.sleep(60)"
 
 
@@ -48,7 +48,7 @@ async def running(supervisor: Supervisor, status: int = 0) -> AsyncIterator[asyn
 
 def mine(supervisor: Supervisor) -> list[int]:
     """Processes that we started, zombies included."""
-    return [pid for pid, command in children_of(os.getpid()) if not command or "TRUNKLINE_READY_FD" in command]
+    return [pid for pid, command in children_of(os.getpid()) if not command or "TRUNKLINE_STATUS_FD" in command]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -83,7 +83,7 @@ async def test_what_a_dead_process_leaves_running_holds_no_descriptors_here(
     code = (
         f"import os, subprocess, pathlib; marker = pathlib.Path({str(marker)!r})\n"
         "if not marker.exists():\n"
-        "    marker.touch(); os.write(int(os.environ['TRUNKLINE_READY_FD']), b'ready\\n'); raise SystemExit(1)\n"
+        "    marker.touch(); os.write(int(os.environ['TRUNKLINE_STATUS_FD']), b'ready\\n'); raise SystemExit(1)\n"
         "subprocess.Popen(['sleep', '4'], close_fds=False); raise SystemExit(1)\n"
     )
     supervisor = Supervisor([script(code)])
@@ -151,7 +151,7 @@ async def test_a_change_while_a_dead_worker_waits_to_be_replaced_starts_one_work
         await until(lambda: supervisor.phase is module.Phase.RUNNING and child.deaths_in_a_row == 1)
         fixed.touch()
         watch.change.set()
-        await until(lambda: child.alive and child.is_ready)
+        await until(lambda: supervisor.children[0] is not child and supervisor.children[0].is_ready)
         await asyncio.sleep(1.0)  # longer than the wait that was under way
         assert len(mine(supervisor)) == 1
 
@@ -173,7 +173,7 @@ async def test_a_process_that_ends_before_it_is_ready_ends_the_command_with_its_
 
 
 async def test_a_signal_during_the_start_ends_it_with_status_0() -> None:
-    supervisor = Supervisor([script("import time; 'TRUNKLINE_READY_FD'; time.sleep(60)")])
+    supervisor = Supervisor([script("import time; 'TRUNKLINE_STATUS_FD'; time.sleep(60)")])
     async with running(supervisor):
         await until(lambda: supervisor.children[0].alive)
 
@@ -199,8 +199,8 @@ async def test_a_signal_while_the_broker_starts_is_obeyed_at_once() -> None:
 
 
 async def test_a_frozen_process_is_killed_after_its_time_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STOP_TIMEOUT_S", 0.3)
-    supervisor = Supervisor([script(STAYS)])
+    monkeypatch.setattr(module, "STOP_MARGIN_S", 0.3)
+    supervisor = Supervisor([script(STAYS)], stop_timeout_s=0.0)
     (child,) = supervisor.children
     async with running(supervisor):
         await until(lambda: supervisor.phase is module.Phase.RUNNING)

@@ -97,7 +97,7 @@ class Worker:
             text=True,
             cwd=directory,
             pass_fds=[write],
-            env=os.environ | {"TRUNKLINE_READY_FD": str(write)},
+            env=os.environ | {"TRUNKLINE_STATUS_FD": str(write)},
         )
         os.close(write)
 
@@ -234,7 +234,8 @@ async def test_a_second_signal_ends_the_process_at_once_although_a_thread_is_stu
     worker.process.send_signal(signal.SIGTERM)
     await asyncio.sleep(0.3)  # two signals of a kind that come together are one
     assert worker.process.poll() is None
-    worker.process.send_signal(signal.SIGTERM)
+    # A supervised process takes a second SIGTERM for one that systemd sends to all: this one has a pipe.
+    worker.process.send_signal(signal.SIGINT)
     status, out, _ = await asyncio.wait_for(asyncio.to_thread(worker.end), 5)
     assert status == 1
     assert "lifespan.shutdown" not in out
@@ -249,7 +250,7 @@ async def test_what_does_not_end_does_not_keep_the_process_after_the_stop_timeou
     reference: str,
     outcome: Outcome | None,
 ) -> None:
-    worker = Worker(broker_server.url, tmp_path, reference, settings="stop_timeout_s=0.1")
+    worker = Worker(broker_server.url, tmp_path, reference, settings="drain_timeout_s=0.1")
     workers.append(worker)
     assert await asyncio.to_thread(worker.wait_ready) == b"ready\n"
     opening = make_opening(http_scope(path="/stuck"), interface=interface.layer.process_id, first=REQUEST)

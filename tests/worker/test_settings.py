@@ -26,7 +26,7 @@ def test_the_defaults_are_accepted() -> None:
         {"websockets_max": 0},
         {"close_timeout_s": -1},
         {"close_timeout_s": float("nan")},
-        {"stop_timeout_s": -0.1},
+        {"drain_timeout_s": -0.1},
         {"lifespan_shutdown_timeout_s": -1},
         {"channels": ()},
         {"channels": ("thumbnails", "thumbnails")},
