@@ -22,6 +22,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,6 +75,11 @@ HAND_WRITTEN = {"BENCH_BROADCAST": "pubsub", "BENCH_REDIS": "{broker}"}
 GRANIAN = ("granian", "--interface", "asgi", "--loop", "uvloop", "--port", "{port}", "--no-log", PLAIN)
 SERVERS = {
     "trunkline": Server("Trunkline", _trunkline(PLAIN), {"BENCH_BROADCAST": "groups"}),
+    "trunkline-2-4": Server(
+        "Trunkline, 2 interface servers, 4 workers",
+        (*_trunkline(PLAIN), "--interfaces", "2", "--workers", "4"),
+        {"BENCH_BROADCAST": "groups"},
+    ),
     "daphne": Server("Daphne", _daphne(PLAIN)),
     "uvicorn": Server("uvicorn", _uvicorn(PLAIN)),
     "granian": Server("granian", GRANIAN),
@@ -108,6 +114,8 @@ class Row:
     servers: tuple[str, ...]
     numbers: Callable[[Any], tuple[float, ...]]
     figures: tuple[Figure, ...]
+    # What another client does meanwhile on the same server: mode, path, numbers. It is not counted.
+    beside: Callable[[Any], tuple[str, str, tuple[float, ...]]] | None = None
 
 
 def at_most(limit: float) -> Callable[[dict[str, float]], float | None]:
@@ -159,7 +167,7 @@ ROWS = {
         "/",
         ALL_HTTP,
         lambda a: (1, a.seconds),
-        (Figure("p50_ms", "ms, median", 2, mark=at_most(0.6)),),
+        (Figure("p50_ms", "ms, median", 2, mark=at_most(0.6)), Figure("cpu_us", "µs CPU per request")),
     ),
     "echo": Row(
         "WebSocket echo: 64 clients, 128 B",
@@ -210,6 +218,34 @@ ROWS = {
         lambda a: (1000, a.seconds),
         (Figure("cpu_us", "µs CPU per request"), Figure("per_s", "requests per second", 0, "higher")),
     ),
+    "http-scaled": Row(
+        "Growth: HTTP hello, 256 connections, more processes",
+        "http",
+        "/",
+        ("trunkline", "trunkline-2-4"),
+        lambda a: (256, a.seconds),
+        (Figure("cpu_us", "µs CPU per request"), Figure("per_s", "requests per second", 0, "higher")),
+    ),
+    "broadcast-scaled": Row(
+        "Growth: group broadcast to 1,000 clients, more processes",
+        "broadcast",
+        "/broadcast",
+        ("trunkline", "trunkline-2-4"),
+        lambda a: (1000, a.seconds, 128, 4),
+        (
+            Figure("cpu_us", "µs CPU per delivered message"),
+            Figure("per_s", "delivered per second", 0, "higher"),
+        ),
+    ),
+    "http-beside-broadcast": Row(
+        "HTTP hello, 1 connection, while one message after the other goes to 10,000 WebSockets",
+        "http",
+        "/",
+        ("trunkline",),
+        lambda a: (1, a.seconds),
+        (Figure("p99_ms", "ms, 99 of 100", mark=at_most(20)), Figure("max_ms", "ms, longest")),
+        beside=lambda a: ("broadcast", "/broadcast", (10000, a.seconds + 2, 128, 1)),
+    ),
 }
 
 
@@ -229,6 +265,14 @@ def measure(row: Row, server: Server, arguments: argparse.Namespace) -> dict[str
         process.wait_until_it_serves()
         time.sleep(0.5)  # what starts late (worker threads, first leases) is not part of the work
 
+        if row.beside is not None:
+            mode, path, numbers = row.beside(arguments)
+            other = stack.enter_context(LoadClient(mode, int(values["port"]), path, *numbers))
+            other.wait_ready()
+            working = threading.Thread(target=other.work)
+            working.start()
+            stack.callback(working.join)
+            time.sleep(0.5)  # it is to have begun
         memory_before = process.resident_bytes()
         client = stack.enter_context(LoadClient(row.mode, int(values["port"]), row.path, *row.numbers(arguments)))
         client.wait_ready()

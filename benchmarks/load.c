@@ -70,7 +70,7 @@ static uint64_t open_count, failed_count, closed_count, delivered_count, gap_cou
 /* Latencies in buckets of 1 us up to 2 s; what is above counts as 2 s. */
 #define BUCKETS 2000000
 static uint32_t *buckets;
-static uint64_t latency_count;
+static uint64_t latency_count, latency_max_us;
 
 /* Broadcasts: how many clients have each message, in a ring (window is far smaller). */
 #define RING 4096
@@ -93,6 +93,7 @@ static void count_latency(uint64_t ns) {
     uint64_t us = ns / 1000;
     buckets[us < BUCKETS ? us : BUCKETS - 1]++;
     latency_count++;
+    if (us > latency_max_us) latency_max_us = us;
 }
 
 static double percentile_ms(double share) {
@@ -418,12 +419,13 @@ int main(int count, char **arguments) {
     uint64_t missing = mode == BROADCAST ? next_sequence - 1 - completed_count : 0;
     printf("{\"mode\": \"%s\", \"clients\": %llu, \"failed\": %llu, \"closed\": %llu, \"seconds\": %.3f, \"count\": %llu, "
            "\"per_s\": %.1f, \"broadcasts\": %llu, \"incomplete\": %llu, \"gaps\": %llu, \"repeated\": %llu, "
-           "\"p50_ms\": %.3f, \"p99_ms\": %.3f, \"client_cpu_s\": %.2f}\n",
+           "\"p50_ms\": %.3f, \"p99_ms\": %.3f, \"max_ms\": %.3f, \"client_cpu_s\": %.2f}\n",
            MODES[mode].name, (unsigned long long)open_count, (unsigned long long)failed_count, (unsigned long long)closed_count,
            elapsed_s, (unsigned long long)work_done, (double)work_done / (elapsed_s > 0 ? elapsed_s : 1),
            (unsigned long long)(completed_count - completed_before), (unsigned long long)missing,
            (unsigned long long)gap_count, (unsigned long long)repeated_count,
-           latency_count ? percentile_ms(0.5) : 0.0, latency_count ? percentile_ms(0.99) : 0.0, cpu_s);
+           latency_count ? percentile_ms(0.5) : 0.0, latency_count ? percentile_ms(0.99) : 0.0,
+           latency_max_us / 1000.0, cpu_s);
     fflush(stdout);
     while (wait_for_stdin()) {}
     return failed_count || closed_count || missing || gap_count || repeated_count;
