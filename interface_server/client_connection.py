@@ -467,8 +467,12 @@ class ClientConnection:
         self._deliver_held(leaving)
 
     def release_requested(self) -> bool:
-        """The owner stands still: True if another one may go on."""
-        return self._client is not None and self._is_movable() and not self.is_moving
+        """The owner stands still: True if another one may go on. What it has sent leaves, as behind a checkpoint."""
+        if self._client is None or self.is_moving or not self._is_movable():
+            return False
+        if self._handover is not None:
+            self._deliver_held(self._handover.release_held())
+        return self._client is not None
 
     def decide_after_loss(self, now: float) -> NextStep:
         """The owner is dead: what becomes of this connection. To be carried out at once."""

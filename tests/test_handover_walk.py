@@ -53,12 +53,14 @@ class Worker:
 class World:
     """The interface server, its client, and workers as needed."""
 
-    def __init__(self, *, checkpoint_each, commit, notify, handover="checkpoint"):
+    def __init__(self, *, checkpoint_each, commit, notify, handover="checkpoint", answers_last=False):
+        """``answers_last``: the application stores its checkpoint in front of the answer."""
         self.process_id = INTERFACE
         self.broker_reachable = True
         self.checkpoint_each = checkpoint_each
         self.commit = commit
         self.notify = notify
+        self.answers_last = answers_last
         self.now = 1000.0
         self.workers = []
         self.queue = deque()
@@ -162,11 +164,15 @@ class World:
                 heard, _, rest = event["text"].partition(" ")
                 assert int(heard) == number + 1, f"message {heard} behind {number}"
                 number += 1
-                await send({"type": "websocket.send", "text": f"{number} {rest}"})
+                answer = {"type": "websocket.send", "text": f"{number} {rest}"}
+                if not self.answers_last:
+                    await send(answer)
                 since += 1
                 if since >= self.checkpoint_each:
                     since = 0
                     await send({"type": "websocket.handover.state", "state": number, **flags})
+                if self.answers_last:
+                    await send(answer)
         except AssertionError as error:
             self.failures.append(error)
         except ClientDisconnected:
@@ -385,15 +391,24 @@ def test_long_walks_with_commit(seed):
         assert len(world.answers()) > 50
 
 
+@pytest.mark.parametrize("answers_last", [False, True])
 @pytest.mark.parametrize("seed", range(20))
-def test_long_walks_of_workers_that_stop_but_never_die(seed):
+def test_long_walks_of_workers_that_stop_but_never_die(seed, answers_last):
     """Without a commit, too, nothing is lost and nothing comes twice."""
 
     async def example():
         generator = random.Random(seed)
-        world = World(checkpoint_each=generator.choice([1, 1, 2, 5]), commit=False, notify=generator.random() < 0.5)
+        world = World(
+            checkpoint_each=generator.choice([1, 1, 2, 5]),
+            commit=answers_last and generator.random() < 0.5,
+            notify=generator.random() < 0.5,
+            answers_last=answers_last,
+        )
         assert await run_walk(world, long_walk(generator, without=("crash",)))
-        assert world.answers() == list(range(1, world.sent_count + 1))
+        answers = world.answers()
+        assert answers == list(range(1, len(answers) + 1))
+        # With commit the last ones wait for a checkpoint.
+        assert world.sent_count - len(answers) <= world.commit * world.checkpoint_each
 
     asyncio.run(example())
 

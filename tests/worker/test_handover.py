@@ -410,3 +410,41 @@ async def test_an_application_that_is_asked_and_does_not_answer_loses_its_place(
     assert [event["type"] for event in events].count("websocket.handover.request") == 2
     ends = [frame[3] for frame in bench.layer.take() if frame[0] == FrameKind.END]
     assert ends == [Outcome.CANCELLED] * 2
+
+
+@pytest.mark.parametrize("moved", [True, False])
+async def test_nothing_leaves_while_the_interface_server_decides(moved: bool) -> None:
+    """What left behind RELEASE would be refused where it moves, and lost."""
+    go = asyncio.Event()
+    results: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        async def other_task() -> None:
+            await go.wait()
+            try:
+                await send({"type": "websocket.send", "text": "from another task"})
+                results.append("sent")
+            except OSError as error:
+                results.append(str(error))
+
+        await receive()
+        await send({"type": "websocket.accept"})
+        await store_state(1)
+        task = asyncio.create_task(other_task())
+        try:
+            await receive()
+        finally:
+            await asyncio.gather(task)
+
+    bench = Bench(application)
+    await bench.connect()
+    await bench.stop()
+    assert bench.released == 1
+    go.set()
+    await bench.settle()
+    assert (bench.texts(), results) == ([], [])
+    bench.process.frame_received(INTERFACE, [int(FrameKind.RELEASED), 1, 1, moved])
+    await bench.settle()
+    assert bench.texts() == ([] if moved else ["from another task"])
+    assert results == (["the connection was handed over"] if moved else ["sent"])
+    await bench.process.stop(0)
