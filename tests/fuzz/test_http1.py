@@ -97,6 +97,17 @@ def test_bytes_mean_the_same_however_they_are_cut(data: bytes, seed: int) -> Non
     assert serve(*cut(data, seed)) == whole
 
 
+ASKED = serve(b"GET /asked HTTP/1.1\r\nHost: b\r\nX: own\r\n\r\n")
+
+
+@BOUNDED
+@given(STREAMS)
+def test_nobody_hears_of_what_another_sent(data: bytes) -> None:
+    """Parsers are shared: whatever state one client leaves them in, the next finds its own request."""
+    World().feed(data)
+    assert serve(b"GET /asked HTTP/1.1\r\nHost: b\r\nX: own\r\n\r\n") == ASKED
+
+
 @BOUNDED
 @given(STREAMS)
 def test_what_is_answered_is_http(data: bytes) -> None:
