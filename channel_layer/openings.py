@@ -42,7 +42,7 @@ class Opening:
     against the connection's window like any EVENT; ``tell_receiving`` asks for a RECEIVING frame at the
     application's first receive() (``Expect: 100-continue``); ``window_bytes`` is the window of the connection, each
     way: the interface server's setting, so that the two ends cannot disagree. ``is_handover``: the connection had an
-    owner, and looks for another; then ``scope`` holds the type only, all else comes with ADOPT, behind the claim.
+    owner, and looks for another; then ``scope`` holds the type only, and no headers; all else comes with ADOPT.
     """
 
     interface: str

@@ -543,7 +543,8 @@ class ClientConnection:
                 connection=self.number,
                 epoch=self.epoch,
                 reply_channel=self.reply_channel,
-                scope={"type": self.protocol},
+                # No more than an older release wants to see before it claims: its claim tells which one it is.
+                scope={"type": self.protocol, "headers": []},
                 first_event=None,
                 window_bytes=self._hub.settings.window_bytes,
                 is_handover=True,

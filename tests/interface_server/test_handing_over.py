@@ -102,7 +102,7 @@ async def test_a_websocket_goes_on_in_another_worker_with_the_messages_behind_it
         "websocket.connect",
         True,
         2,
-        {"type": "websocket"},
+        {"type": "websocket", "headers": []},
     )
     frames, adopt = await adopted(bench, client)
     opening = decode_opening(adopt[3])
