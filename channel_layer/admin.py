@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -74,7 +75,7 @@ class AdminServer:
                 self._connected, self.host, self.port, limit=_HEAD_BYTES_MAX, reuse_address=True
             )
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = os.strerror(error.errno) if error.errno else str(error)  # asyncio's text has the address again
             raise AdminPortError(f"cannot listen on the admin port {self.host}:{self.port}: {reason}") from error
         self.port = self._server.sockets[0].getsockname()[1]
         logger.info("health checks on http://%s:%d/readyz and /healthz", _bracketed(self.host), self.port)

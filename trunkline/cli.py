@@ -80,9 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ask_health(options: argparse.Namespace) -> int:
     if not options.admin_port:
-        raise UsageError(
-            "trunkline health: --admin-port PORT (or TRUNKLINE_ADMIN_PORT) is expected, that of the command"
-        )
+        raise UsageError("trunkline health: --admin-port PORT (or TRUNKLINE_ADMIN_PORT) of a command is expected")
     return ask(options.what, options.admin_host or "127.0.0.1", options.admin_port)
 
 

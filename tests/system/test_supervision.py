@@ -55,3 +55,33 @@ def test_halves_with_several_processes_need_the_broker_at_the_start_and_outlive_
         for command in (interface, worker):
             assert command.stop() == 0, command.output
             assert "Traceback" not in command.output
+
+
+def test_a_broker_that_dies_while_processes_start_is_waited_for(broker_server, tmp_path):
+    """Not the end of the command: while it runs it would wait, too."""
+    go = tmp_path / "go"
+    (tmp_path / "slow.py").write_text(
+        f"""
+import pathlib, time
+print("importing", flush=True)
+while not pathlib.Path({str(go)!r}).exists():
+    time.sleep(0.02)
+
+async def application(scope, receive, send):
+    await send({{"type": "http.response.start", "status": 200, "headers": []}})
+    await send({{"type": "http.response.body", "body": b"at last"}})
+"""
+    )
+    redis = ("--redis", broker_server.url)
+    with Command("worker", "slow:application", "--lifespan", "off", "--workers", "2", *redis, cwd=tmp_path) as worker:
+        worker.wait_for("importing")
+        broker_server.kill()
+        go.touch()
+        worker.wait_for("worker 1 ended with status 1; starting another", count=2)
+        broker_server.start()
+        worker.wait_for("2 workers")
+        with Command("interface", "--port", "0", *redis) as interface:
+            url = interface.wait_for(r"accepts on (http://\S+)").group(1)
+            with urllib.request.urlopen(url, timeout=20) as answer:
+                assert answer.read() == b"at last"
+    assert worker.process.returncode == 0
