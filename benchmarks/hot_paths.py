@@ -24,7 +24,7 @@ from channel_layer.links import Links
 from interface_server.access_log import AccessLog
 from interface_server.connections import Connections
 from interface_server.deadlines import Deadlines
-from interface_server.http1 import Http1Factory
+from interface_server.http_factory import HttpFactory
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.settings import InterfaceSettings
 from worker.process import WorkerProcess
@@ -134,7 +134,7 @@ async def run(connections: int, rounds: int, request: bytes) -> float:
     settings = InterfaceSettings(redis_url="redis://unused")
     held = Connections(interface, settings, loop=loop)
     interface.listener = held
-    factory = Http1Factory(
+    factory = HttpFactory(
         settings=settings,
         connections=held,
         websockets=None,

@@ -1,8 +1,9 @@
 """HTTP/1.x on Twisted transports: carries out what request_reader.py and http_exchange.py decide.
 
-    Http1Factory    what all HTTP connections of a process share; server.py listens with it
+    HttpFactory     what all HTTP connections of a process share (http_factory.py)
     Http1Protocol   one socket: whose turn it is, what is read, when it is closed
     HttpClient      one request on it (http_client.py)
+    Closing         its end (closing.py)
 
     HEAD --request--> EXCHANGE --response, body read--> HEAD (the next request)
       |                  |  |                             ^
@@ -19,50 +20,43 @@ the same, by end_watch.py. A client that ends its sending side behind a complete
 (RFC 9112 section 9.6 knows such half-closed connections; ``printf … | nc`` is one); a reset, at any time, is a
 disconnect. A client that closes its socket and one that only stops sending look the same until something is written:
 the first write to a closed one brings a reset. Where nothing is written for 5 s, it counts as gone.
-
-**Closing.** To close a socket with unread bytes resets it, and the reset can overtake the answer. So where the client
-may still be sending, we end our side only (LINGER), drop what comes, and close when the client has ended its side, at
-the latest after some seconds.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IPushProducer, ISSLTransport
-from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.protocol import Protocol
 from zope.interface import implementer
 
 from channel_layer.enums import quick
 from channel_layer.openings import FIRST_BODY_BYTES_MAX, NO_BODY
-from interface_server.access_log import AccessLog
-from interface_server.connections import Connections
-from interface_server.deadlines import Deadlines
-from interface_server.end_watch import EndWatch, unread_bytes
+from interface_server.closing import Closing
+from interface_server.end_watch import unread_bytes
 from interface_server.http2 import PREFACE, Http2Connection
 from interface_server.http_client import HttpClient
 from interface_server.protocol.actions import End
 from interface_server.protocol.body_pace import BodyPace
 from interface_server.protocol.errors import BadRequest
 from interface_server.protocol.http_exchange import HttpExchange, build_plain_response
-from interface_server.protocol.proxy_headers import ProxyHeaders
 from interface_server.protocol.request import Peer, RequestHead
-from interface_server.protocol.request_reader import BodyPiece, ReaderLimits, RequestReader, RequestStart
+from interface_server.protocol.request_reader import BodyPiece, RequestReader, RequestStart
 from interface_server.protocol.scope import build_http_scope
-from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.protocol.websocket_handshake import is_websocket_upgrade
-from interface_server.settings import InterfaceSettings
-from interface_server.transports import buffered_bytes, socket_descriptor, unsent_bytes
-from interface_server.websocket import WebSocketClient, WebSockets
+from interface_server.transports import buffered_bytes, socket_descriptor
+from interface_server.websocket import WebSocketClient
 from interface_server.write_watch import WriteWatch
 
-__all__ = ["Http1Factory", "Http1Protocol", "Http1Statistics", "Phase"]
+if TYPE_CHECKING:
+    from interface_server.http_factory import HttpFactory
+
+__all__ = ["Http1Protocol", "Phase"]
 
 _LOGGER: Final = logging.getLogger("trunkline.interface")
 
@@ -70,12 +64,6 @@ _LOGGER: Final = logging.getLogger("trunkline.interface")
 _PIPELINED_BYTES_MAX: Final = 64 * 1024
 # Of a body that its application left unread, behind a complete response: more closes the connection.
 _DRAIN_BYTES_MAX: Final = 64 * 1024
-# Dropped in LINGER; beyond it the socket is not read any more: TCP stops the client until the timeout.
-_LINGER_BYTES_MAX: Final = 1024 * 1024
-_LINGER_TIMEOUT_S: Final = 5.0
-# For the rest of a response that is still to be written when nothing else is left to do; a client that reads gets as
-# many of these as it needs.
-_FLUSH_TIMEOUT_S: Final = 30.0
 # A client that has ended its sending side behind its request: the longest time without a word from the application;
 # then it counts as gone. It may be waiting still, but most that look like this have closed their socket: each closed
 # tab of a page that polls would keep an instance waiting so long. Other servers do not wait for them at all.
@@ -94,100 +82,14 @@ class Phase(Enum):
     CLOSED = "the socket is gone, or about to be"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Http1Statistics:
-    sockets: int  # WebSockets included
-    idle: int  # wait for a request
-    accepted_total: int
-    requests_total: int
-    bad_requests_total: int
-    timeouts_total: int
-    dropped_total: int  # events of groups that did not fit their response
-
-
-class Http1Factory(Factory):
-    """Makes a protocol for each accepted socket, and knows all of them."""
-
-    noisy = False
-
-    def __init__(
-        self,
-        *,
-        settings: InterfaceSettings,
-        connections: Connections,
-        websockets: WebSockets,
-        access_log: AccessLog,
-        deadlines: Deadlines,
-        server_headers: ServerHeaders,
-        end_watch: EndWatch | None = None,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self.settings = settings
-        self.connections = connections
-        self.websockets = websockets
-        self.access_log = access_log
-        self.deadlines = deadlines
-        self.server_headers = server_headers
-        self.end_watch = end_watch  # None: the ends of sockets that are not read are not watched
-        self.clock = clock  # for the access log
-        self.limits = ReaderLimits(
-            request_line_bytes_max=settings.request_line_bytes_max,
-            head_bytes_max=settings.head_bytes_max,
-            headers_max=settings.headers_max,
-        )
-        self.proxy_headers = ProxyHeaders(settings.forwarded_allow_ips) if settings.proxy_headers else None
-        self.protocols: set[Http1Protocol] = set()  # until their sockets are gone
-        self.when_empty: Callable[[], None] | None = None  # called when the last socket is gone
-        self.is_stopping = False
-        self.accepted_count = 0
-        self.request_count = 0
-        self.bad_request_count = 0
-        self.timeout_count = 0
-        self.dropped_count = 0
-
-    def __repr__(self) -> str:
-        return f"<Http1Factory sockets={len(self.protocols)} stopping={self.is_stopping}>"
-
-    def statistics(self) -> Http1Statistics:
-        return Http1Statistics(
-            sockets=len(self.protocols),
-            idle=sum(protocol.phase is Phase.HEAD for protocol in self.protocols),
-            accepted_total=self.accepted_count,
-            requests_total=self.request_count,
-            bad_requests_total=self.bad_request_count,
-            timeouts_total=self.timeout_count,
-            dropped_total=self.dropped_count,
-        )
-
-    def stop(self) -> None:
-        """Close sockets that wait for a further request, at once; the others when their exchange is over."""
-        self.is_stopping = True
-        for protocol in list(self.protocols):
-            protocol.stop()
-
-    def newcomers(self) -> list[Http1Protocol]:
-        """Sockets whose first request has not begun to come."""
-        return [protocol for protocol in self.protocols if protocol.is_newcomer]
-
-    def abort(self) -> None:
-        """Drop every socket that is left."""
-        for protocol in list(self.protocols):
-            protocol.abort()
-
-    # Called by Twisted
-
-    def buildProtocol(self, addr: Any) -> Http1Protocol:  # type: ignore[override]
-        return Http1Protocol(self)
-
-
 @implementer(IHalfCloseableProtocol, IHandshakeListener, IPushProducer)
 class Http1Protocol(Protocol):
     """One client socket."""
 
     transport: Any
-    factory: Http1Factory
+    factory: HttpFactory
 
-    def __init__(self, factory: Http1Factory) -> None:
+    def __init__(self, factory: HttpFactory) -> None:
         self.factory = factory
         self.phase = Phase.HEAD
         self.deadline_tick: int | None = None  # of Deadlines
@@ -205,11 +107,11 @@ class Http1Protocol(Protocol):
         self._application_is_full = False  # its window for the body is used up
         self._writing_paused = False  # the transport's buffer is full
         self._write_watch: WriteWatch | None = None  # from connectionMade on
+        self._closing: Closing | None = None  # the same
         self._is_first = True  # no request has been read yet
         self._waits_for_head = False  # its deadline is that of a head that has begun
         self._pace: BodyPace | None = None  # of a body that has not come whole
-        self._dropped_bytes = 0  # in DRAIN, LINGER
-        self._unwritten_bytes = 0  # in LINGER and CLOSED, at the last deadline
+        self._dropped_bytes = 0  # in DRAIN
 
     def __repr__(self) -> str:
         return (
@@ -236,6 +138,7 @@ class Http1Protocol(Protocol):
             timeout_s=factory.settings.write_timeout_s,
             stalled=self._write_stalled,
         )
+        self._closing = Closing(transport, deadlines=factory.deadlines, abort=self.abort)
         transport.registerProducer(self, True)
         factory.deadlines.arm(self, factory.settings.header_timeout_s)
         if factory.is_stopping:
@@ -254,9 +157,9 @@ class Http1Protocol(Protocol):
             assert self._successor is not None
             self._successor.data_received(data)
         elif phase is Phase.LINGER:
-            self._dropped_bytes += len(data)
-            if self._dropped_bytes > _LINGER_BYTES_MAX:
-                self._update_reading()
+            assert self._closing is not None
+            self._closing.drop(len(data))
+            self._update_reading()
         elif phase is not Phase.CLOSED:
             if self._first_bytes is not None:
                 data = self._first_bytes + data
@@ -286,11 +189,9 @@ class Http1Protocol(Protocol):
                 self._await_application()
 
     def writeConnectionLost(self) -> None:
-        """Our side is ended, as ``_linger`` wanted: everything is written. Now the client's end is awaited."""
-        if self.phase is Phase.LINGER:
-            # The kernel may hold some MiB of it, which a reset would throw away.
-            self._unwritten_bytes = unsent_bytes(self.transport)
-            self.factory.deadlines.arm(self, _LINGER_TIMEOUT_S)
+        """Our side is ended, as ``_linger`` wanted: everything is written."""
+        if self.phase is Phase.LINGER and self._closing is not None:
+            self._closing.write_ended()
 
     def connectionLost(self, reason: Any = None) -> None:
         factory = self.factory
@@ -299,6 +200,8 @@ class Http1Protocol(Protocol):
         factory.deadlines.disarm(self)
         if self._write_watch is not None:
             self._write_watch.stop()
+        if self._closing is not None:
+            self._closing.stop()
         if factory.end_watch is not None and self._descriptor >= 0:
             factory.end_watch.discard(self._descriptor)
         client, self._client = self._client, None
@@ -350,13 +253,6 @@ class Http1Protocol(Protocol):
             self._body_late()
         elif phase is Phase.DRAIN:
             self._close()
-        elif phase is Phase.LINGER or phase is Phase.CLOSED:
-            unwritten = unsent_bytes(self.transport)
-            if 0 < unwritten < self._unwritten_bytes:
-                self._unwritten_bytes = unwritten
-                self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
-            else:
-                self.abort()
 
     # Called by WriteWatch
 
@@ -365,7 +261,7 @@ class Http1Protocol(Protocol):
         self.factory.timeout_count += 1
         self.abort()
 
-    # Called by Http1Factory
+    # Called by HttpFactory
 
     @property
     def is_newcomer(self) -> bool:
@@ -652,7 +548,8 @@ class Http1Protocol(Protocol):
                 reader.body_is_complete and reader.buffered_bytes > _PIPELINED_BYTES_MAX
             )
         elif phase is Phase.LINGER:
-            wanted = self._dropped_bytes <= _LINGER_BYTES_MAX
+            assert self._closing is not None
+            wanted = self._closing.may_read
         elif phase is Phase.HEAD or phase is Phase.DRAIN:
             wanted = True
         else:
@@ -682,30 +579,28 @@ class Http1Protocol(Protocol):
 
     def _linger(self) -> None:
         """End our side, and give the client time to read the answer before the socket is closed."""
-        if self._read_ended or not hasattr(self.transport, "loseWriteConnection"):
+        assert self._closing is not None
+        if self._read_ended or not self._closing.can_linger:
             self._close()
             return
         self.phase = Phase.LINGER
-        self._dropped_bytes = 0
+        self.factory.deadlines.disarm(self)
         self._reader.take_rest()
-        self._unwritten_bytes = unsent_bytes(self.transport) + 1
-        self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
-        # With a producer registered Twisted would not end its side before that was done.
         self._unregister_producer()
-        self.transport.loseWriteConnection()
+        self._closing.linger()
         self._update_reading()
 
     def _close(self) -> None:
         """Close when everything is written."""
+        assert self._closing is not None
         if self.phase is not Phase.LINGER:
             self._unregister_producer()
         self.phase = Phase.CLOSED
-        self._unwritten_bytes = unsent_bytes(self.transport) + 1
-        self.factory.deadlines.arm(self, _FLUSH_TIMEOUT_S)
-        self.transport.loseConnection()
+        self.factory.deadlines.disarm(self)
+        self._closing.close()
 
     def _unregister_producer(self) -> None:
-        """From now on the deadlines of closing count."""
+        """With one registered Twisted would not end its side; from now on the deadlines of closing count."""
         if self._write_watch is not None:
             self._write_watch.stop()
         self.transport.unregisterProducer()

@@ -50,7 +50,7 @@ from interface_server.protocol.http2_request import read_request
 from interface_server.protocol.request import Peer
 
 if TYPE_CHECKING:
-    from interface_server.http1 import Http1Factory
+    from interface_server.http_factory import HttpFactory
 
 __all__ = ["PREFACE", "Http2Connection", "Http2Statistics", "Phase"]
 
@@ -97,7 +97,7 @@ class Http2Statistics:
 class Http2Connection:
     """One client socket that speaks HTTP/2. Like WebSocketClient it is told everything by http1.py."""
 
-    def __init__(self, socket: Socket, factory: Http1Factory, peer: Peer, *, trusts_peer: bool) -> None:
+    def __init__(self, socket: Socket, factory: HttpFactory, peer: Peer, *, trusts_peer: bool) -> None:
         self.factory = factory
         self.phase = Phase.OPEN
         self.streams: dict[int, Http2Stream] = {}  # bounded by _STREAMS_MAX, and by what is still to be written

@@ -159,7 +159,7 @@ def _load_tls(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterfaceServerStatistics:
     connections: ConnectionsStatistics
-    http1: Any  # Http1Statistics
+    http1: Any  # HttpStatistics
     websockets: Any  # WebSocketsStatistics
 
 
@@ -178,7 +178,7 @@ class InterfaceServer:
         # Here, because these import parts of Twisted that must not be imported before the reactor is installed.
         from interface_server.deadlines import Deadlines
         from interface_server.end_watch import EndWatch
-        from interface_server.http1 import Http1Factory
+        from interface_server.http_factory import HttpFactory
         from interface_server.protocol.server_headers import ServerHeaders
         from interface_server.websocket import WebSockets
 
@@ -202,7 +202,7 @@ class InterfaceServer:
             deadlines=self._deadlines,
             server_headers=headers,
         )
-        self._http1 = Http1Factory(
+        self._http1 = HttpFactory(
             settings=settings,
             connections=self.connections,
             websockets=websockets,

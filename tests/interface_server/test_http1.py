@@ -24,7 +24,8 @@ from interface_server.access_log import AccessLog
 from interface_server.client import Refusal
 from interface_server.deadlines import Deadlines
 from interface_server.end_watch import EndWatch
-from interface_server.http1 import Http1Factory, Phase
+from interface_server.http1 import Phase
+from interface_server.http_factory import HttpFactory
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.settings import InterfaceSettings
 
@@ -195,11 +196,11 @@ class FakeWebSockets:
 
 def build_factory(
     connections: Any, deadlines: Deadlines, *, end_watch: EndWatch | None = None, **changes: Any
-) -> Http1Factory:
+) -> HttpFactory:
     changes.setdefault("server_header", False)
     changes.setdefault("date_header", False)
     settings = InterfaceSettings(redis_url="redis://nowhere.invalid", **changes)
-    return Http1Factory(
+    return HttpFactory(
         settings=settings,
         connections=connections,
         websockets=FakeWebSockets(),  # type: ignore[arg-type]
@@ -1177,7 +1178,7 @@ def test_repr_and_statistics_show_the_state() -> None:
     assert "GET b'/'" in repr(world.last.client)
     statistics = world.factory.statistics()
     assert (statistics.sockets, statistics.idle, statistics.accepted_total, statistics.requests_total) == (1, 0, 1, 2)
-    assert repr(world.factory) == "<Http1Factory sockets=1 stopping=False>"
+    assert repr(world.factory) == "<HttpFactory sockets=1 stopping=False>"
 
 
 # With real sockets
@@ -1186,7 +1187,7 @@ def test_repr_and_statistics_show_the_state() -> None:
 class Server:
     """A listener with an application for each request: a callable of the FakeConnection, on the loop."""
 
-    def __init__(self, connections: FakeConnections, factory: Http1Factory, port: int) -> None:
+    def __init__(self, connections: FakeConnections, factory: HttpFactory, port: int) -> None:
         self.connections = connections
         self.factory = factory
         self.port = port

@@ -20,7 +20,7 @@ from interface_server.client import Refusal
 from interface_server.connections import Connections
 from interface_server.deadlines import Deadlines
 from interface_server.end_watch import EndWatch
-from interface_server.http1 import Http1Factory
+from interface_server.http_factory import HttpFactory
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.protocol.websocket_frames import PING, PONG, TEXT, build_close, build_frame
 from interface_server.protocol.websocket_session import State
@@ -744,7 +744,7 @@ async def listener(connections, settings):
         server_headers=server_headers,
     )
     end_watch = EndWatch(reactor)
-    factory = Http1Factory(
+    factory = HttpFactory(
         settings=settings,
         connections=connections,
         websockets=shared,
