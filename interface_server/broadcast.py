@@ -1,6 +1,7 @@
 """One message of a group on its way to many clients: framed once, handed out in slices, bounded in bytes.
 
     Broadcast        the message and its frame, the same bytes object for every connection (with the same compression)
+    JoinedBroadcasts several of them that stand in a row for many connections, as one piece of bytes
     FanOut           lets connections write what they queued, some hundreds a loop turn
     BroadcastMemory  what waits for clients that do not read, and which of them has to go
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -29,6 +30,7 @@ __all__ = [
     "BroadcastMemoryStatistics",
     "FanOut",
     "FanOutStatistics",
+    "JoinedBroadcasts",
     "Receiver",
 ]
 
@@ -59,7 +61,7 @@ _EVICT_TO: Final = 0.9
 class Broadcast:
     """One ``websocket.send`` for many clients. Raises ValueError if the event is not a valid one."""
 
-    __slots__ = ("_compressed", "_frame", "held_bytes", "opcode", "payload")
+    __slots__ = ("_compressed", "_frame", "held_bytes", "opcode", "payload", "queued")
 
     def __init__(self, event: dict[str, Any]) -> None:
         message = read_message(event)
@@ -70,6 +72,7 @@ class Broadcast:
         # Built when the first connection wants it: the plain frame, and one for each window; there are four.
         self._frame: bytes | None = None
         self._compressed: dict[int, bytes] | None = None
+        self.queued: Any = None  # how it stands in connections' queues, for them to share (client_connection.py)
 
     def __repr__(self) -> str:
         return f"<Broadcast opcode={self.opcode} payload={len(self.payload)} bytes>"
@@ -90,6 +93,34 @@ class Broadcast:
         if frame is None:
             frame = self._compressed[bits] = deflate.build_message(self.opcode, self.payload)
         return frame
+
+
+class JoinedBroadcasts:
+    """Broadcasts one behind the other, written as if they were one. Joined once for all connections."""
+
+    __slots__ = ("_compressed", "_frame", "broadcasts")
+
+    def __init__(self, broadcasts: Sequence[Broadcast]) -> None:
+        self.broadcasts = broadcasts
+        self._frame: bytes | None = None  # as in Broadcast
+        self._compressed: dict[int, bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"<JoinedBroadcasts {len(self.broadcasts)}>"
+
+    @property
+    def frame(self) -> bytes:
+        if self._frame is None:
+            self._frame = b"".join([broadcast.frame for broadcast in self.broadcasts])
+        return self._frame
+
+    def compressed_frame(self, deflate: Deflate) -> bytes:
+        bits = deflate.server_window_bits
+        frames = self._compressed.get(bits)
+        if frames is None:
+            frames = b"".join([broadcast.compressed_frame(deflate) for broadcast in self.broadcasts])
+            self._compressed[bits] = frames
+        return frames
 
 
 class Receiver(Protocol):

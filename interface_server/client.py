@@ -16,7 +16,7 @@ from channel_layer.enums import quick
 from channel_layer.frames import Outcome
 
 if TYPE_CHECKING:
-    from interface_server.broadcast import Broadcast
+    from interface_server.broadcast import Broadcast, JoinedBroadcasts
 
 __all__ = ["Client", "Connection", "Refusal"]
 
@@ -54,8 +54,8 @@ class Client(Protocol):
         validated here and counted as dropped when they do not fit the state.
         """
 
-    def send_broadcast(self, broadcast: Broadcast) -> None:
-        """Write one prepared WebSocket message. Only called after ``Connection.accept_broadcasts()``."""
+    def send_broadcast(self, broadcast: Broadcast | JoinedBroadcasts) -> None:
+        """Write prepared WebSocket messages. Only called after ``Connection.accept_broadcasts()``."""
 
     def application_receiving(self) -> None:
         """The application called receive() for the first time (asked for with ``tell_receiving``)."""

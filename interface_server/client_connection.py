@@ -52,14 +52,14 @@ from channel_layer.frames import (
     build_grant,
 )
 from channel_layer.openings import Opening, decode_opening, encode_opening
+from interface_server.broadcast import Broadcast, JoinedBroadcasts
 from interface_server.client import Client, Refusal
 from interface_server.handover import Handover, HandoverMode, Loss, NextStep, decide_after_loss, decide_after_refusal
 
 if TYPE_CHECKING:
-    from interface_server.broadcast import Broadcast
     from interface_server.connections import Connections
 
-__all__ = ["ClientConnection", "State"]
+__all__ = ["ClientConnection", "Run", "State"]
 
 _LOGGER: Final = logging.getLogger("trunkline.interface")
 
@@ -79,6 +79,9 @@ class State(Enum):
     ENDING = "the instance is gone, its events not all delivered"
     OVER = "nobody has it"
 
+
+# Broadcasts that are written in one piece; of more, each is written for itself, until the transport is full (64 KiB).
+_RUN_BYTES_MAX: Final = 32 * 1024
 
 _UNCLAIMED: Final = frozenset({State.PARKED, State.MOVING, State.PUSHING, State.WAITING})
 
@@ -110,6 +113,29 @@ class _Held(IntEnum):
 _Item = tuple[_Held, Any, int]
 
 _OF_GROUPS: Final = frozenset({_Held.BROADCAST, _Held.GROUP_EVENT, _Held.GROUP_CLOSE})
+
+
+class Run:
+    """What a queue held, to be written in one piece where the next one holds the same; behind a broadcast most do."""
+
+    __slots__ = ("cost", "joined", "queue")
+
+    def __init__(self, queue: deque[_Item] | None = None) -> None:
+        self.queue = queue if queue is not None else deque()
+        self.cost = 0  # in credit
+        # None if it is not only broadcasts, or more than one write should be: the transport may pause behind any.
+        self.joined: Broadcast | JoinedBroadcasts | None = None
+        broadcasts = []
+        size = 0
+        for held, value, held_bytes in self.queue:
+            if type(value) is not Broadcast:
+                return
+            if held is _Held.SHARED:
+                self.cost += held_bytes
+            broadcasts.append(value)
+            size += len(value.payload)
+        if broadcasts and size <= _RUN_BYTES_MAX:
+            self.joined = broadcasts[0] if len(broadcasts) == 1 else JoinedBroadcasts(broadcasts)
 
 
 class ClientConnection:
@@ -634,7 +660,9 @@ class ClientConnection:
         return True
 
     def queue_broadcast(self, broadcast: Broadcast) -> bool:
-        item = (_Held.BROADCAST, broadcast, broadcast.held_bytes)
+        item = broadcast.queued
+        if item is None:
+            item = broadcast.queued = (_Held.BROADCAST, broadcast, broadcast.held_bytes)
         if not self._accepting or self._paused or self._client is None:
             return self._queue_for_group(item)
         # As _queue_item, for what happens a thousand times for each message.
@@ -655,7 +683,31 @@ class ClientConnection:
 
     def flush_queue(self) -> None:
         self._flush_wanted = False
-        self._drain()
+        queue, client = self._queue, self._client
+        is_usual = not (self._counted or self._paused or self._delivering) and self._accepting
+        if queue is None or client is None or not is_usual:
+            self._drain()
+            return
+        run = self._hub.run
+        if queue != run.queue:
+            run = self._hub.run = Run(queue)
+        if run.joined is None:
+            self._drain()
+            return
+        # As _drain, for what a thousand connections hold alike.
+        self._queue = None
+        self._delivering = True
+        try:
+            client.send_broadcast(run.joined)
+        finally:
+            self._delivering = False
+        if run.cost:
+            self._return_credit(run.cost)
+        if self._queue is not None:
+            self._drain()
+        elif self.state is State.ENDING:
+            assert self._verdict is not None
+            self.conclude(self._verdict)
 
     def unsent_bytes(self) -> int:
         return 0 if self._client is None else self._client.buffered_bytes()

@@ -26,7 +26,7 @@ from channel_layer.frames import Frame, FrameKind, Outcome, build_closed, build_
 from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, Opening, encode_opening
 from interface_server.broadcast import Broadcast, BroadcastMemory, BroadcastMemoryStatistics, FanOut, FanOutStatistics
 from interface_server.client import Client, Refusal
-from interface_server.client_connection import ClientConnection, State
+from interface_server.client_connection import ClientConnection, Run, State
 from interface_server.closing_pace import STEP_S, ClosingPace
 from interface_server.group_delivery import GroupDelivery
 from interface_server.handover import FURTHER_TRIES_MAX, HandoverMode, NextStep
@@ -120,6 +120,7 @@ class Connections:
         self._refused_count: Counter[str] = Counter()
         self._dropped_count: Counter[str] = Counter()
         self._push_count = 0
+        self.run = Run()  # what the queue held that was written last
         self._run_again_count = 0
         self._closed_count = 0
 

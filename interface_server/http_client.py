@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 from channel_layer.frames import Outcome
 from interface_server.access_log import AccessLog
-from interface_server.broadcast import Broadcast
+from interface_server.broadcast import Broadcast, JoinedBroadcasts
 from interface_server.client import Connection, Refusal
 from interface_server.file_sender import FileSender
 from interface_server.protocol.actions import End, Output
@@ -106,7 +106,7 @@ class HttpClient:
         if event["type"] == "http.response.start" and exchange.takes_groups and self.connection is not None:
             self.connection.accept_broadcasts()
 
-    def send_broadcast(self, broadcast: Broadcast) -> None:
+    def send_broadcast(self, broadcast: Broadcast | JoinedBroadcasts) -> None:
         """A ``websocket.send`` of a group that this connection is a member of: it means nothing here."""
         if self._socket is not None:
             self._socket.count_dropped(1)

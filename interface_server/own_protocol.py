@@ -54,7 +54,7 @@ from interface_server.settings import InterfaceSettings
 from interface_server.transports import buffered_bytes, socket_descriptor
 
 if TYPE_CHECKING:
-    from interface_server.broadcast import Broadcast
+    from interface_server.broadcast import Broadcast, JoinedBroadcasts
 
 __all__ = ["ClientSocket", "OwnProtocol", "serve"]
 
@@ -207,7 +207,7 @@ class ClientSocket:
         else:
             self._guarded(self._protocol.event_received, event)
 
-    def send_broadcast(self, broadcast: Broadcast) -> None:
+    def send_broadcast(self, broadcast: Broadcast | JoinedBroadcasts) -> None:
         """Only for WebSockets; group_delivery.py has none for us."""
 
     def application_receiving(self) -> None:

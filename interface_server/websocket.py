@@ -41,7 +41,7 @@ from interface_server.transports import buffered_bytes, unsent_bytes
 
 if TYPE_CHECKING:
     from interface_server.access_log import AccessLog
-    from interface_server.broadcast import Broadcast
+    from interface_server.broadcast import Broadcast, JoinedBroadcasts
     from interface_server.connections import Connections
     from interface_server.deadlines import Deadlines
     from interface_server.protocol.server_headers import ServerHeaders
@@ -276,7 +276,7 @@ class WebSocketClient:
         assert self._session is not None
         self._carry_out(self._session.application_event(event))
 
-    def send_broadcast(self, broadcast: Broadcast) -> None:
+    def send_broadcast(self, broadcast: Broadcast | JoinedBroadcasts) -> None:
         session = self._session
         assert session is not None
         # A message leaves an open session as it is; of a thousand connections nearly all are open.

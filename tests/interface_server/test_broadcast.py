@@ -4,7 +4,7 @@ from collections import deque
 
 import pytest
 
-from interface_server.broadcast import Broadcast, BroadcastMemory, FanOut
+from interface_server.broadcast import Broadcast, BroadcastMemory, FanOut, JoinedBroadcasts
 from interface_server.protocol.deflate import Deflate
 from interface_server.protocol.websocket_frames import BINARY, TEXT, build_frame
 
@@ -32,6 +32,17 @@ def test_the_frame_is_compressed_once_for_each_window():
     assert broadcast.compressed_frame(twelve) is not broadcast.compressed_frame(nine)
     assert broadcast.compressed_frame(nine)[0] == 0xC1
     assert broadcast.frame[0] == 0x81
+
+
+def test_joined_frames_stand_one_behind_the_other():
+    broadcasts = [message("a"), message("b" * 300)]
+    joined = JoinedBroadcasts(broadcasts)
+    assert joined.frame == broadcasts[0].frame + broadcasts[1].frame
+    assert joined.frame is joined.frame
+    deflate = Deflate(12, 15, b"")
+    assert joined.compressed_frame(deflate) == broadcasts[0].frame + broadcasts[1].compressed_frame(deflate)
+    assert joined.compressed_frame(deflate) is joined.compressed_frame(deflate)
+    assert repr(joined) == "<JoinedBroadcasts 2>"
 
 
 def test_binary_and_empty_messages():

@@ -37,6 +37,7 @@ from channel_layer.frames import (
     build_state,
 )
 from channel_layer.openings import decode_opening
+from interface_server.broadcast import JoinedBroadcasts
 from interface_server.client import Refusal
 from interface_server.client_connection import TRANSITIONS, UNCLAIMED_BYTES_MAX, State
 from interface_server.connections import Connections
@@ -87,6 +88,7 @@ class FakeLayer:
 class FakeClient:
     def __init__(self):
         self.log: list = []
+        self.writes: list = []  # broadcasts that came in one piece
         self.connection = None
         self.on_event = None
         self.buffered = 0
@@ -97,7 +99,11 @@ class FakeClient:
             self.on_event(event)
 
     def send_broadcast(self, broadcast):
-        self.log.append(broadcast.payload)
+        if isinstance(broadcast, JoinedBroadcasts):
+            self.writes.append(broadcast)
+            self.log += [one.payload for one in broadcast.broadcasts]
+        else:
+            self.log.append(broadcast.payload)
 
     def application_receiving(self):
         self.log.append("receiving")
@@ -1119,6 +1125,56 @@ async def test_what_is_queued_before_accept_goes_on_waiting_for_it(bench, paused
     assert bench.connections.memory.statistics().held_bytes == 0
 
 
+async def test_broadcasts_that_wait_together_are_joined_once_for_all(bench):
+    clients = [await bench.accepted() for _ in range(3)]
+    bench.group_send(text("a"), *clients)
+    bench.group_send(text("b"), *clients)
+    bench.group_send(text("c"), clients[2])
+    await turn()
+    assert [client.log for client in clients] == [[b"a", b"b"], [b"a", b"b"], [b"a", b"b", b"c"]]
+    assert clients[0].writes[0] is clients[1].writes[0]
+    assert clients[0].writes[0].frame == b"\x81\x01a\x81\x01b"
+    assert clients[2].writes[0].frame == b"\x81\x01a\x81\x01b\x81\x01c"
+    bench.group_send(text("a"), *clients)
+    await turn()
+    assert clients[0].log == [b"a", b"b", b"a"]
+
+
+async def test_joined_events_of_instances_return_their_credit(bench):
+    clients = [await bench.accepted() for _ in range(2)]
+    event = encode_event(text("x" * 8000))
+    for _ in range(3):
+        bench.frame(build_events([(1, 1), (2, 1)], event))
+    bench.group_send(text("of a group"), *clients)
+    await turn()
+    for client in clients:
+        assert client.log == [b"x" * 8000] * 3 + [b"of a group"]
+        assert len(client.writes) == 1
+    for _ in range(8):
+        for _ in range(3):
+            bench.frame(build_events([(1, 1), (2, 1)], event))
+        await turn()
+    granted = [frame for _, frame in bench.layer.sent if frame[0] == FrameKind.CREDIT]
+    assert {frame[1] for frame in granted} == {1, 2}
+    assert max(frame[-1] for frame in granted) >= 24 * len(event)
+
+
+async def test_what_comes_while_broadcasts_are_written_is_written_behind_them(bench):
+    client = await bench.accepted()
+    write = client.send_broadcast
+
+    def write_and_get_more(broadcast):
+        write(broadcast)
+        if len(client.log) == 2:
+            bench.frame(build_event(1, 1, encode_event(text("event"))))
+
+    client.send_broadcast = write_and_get_more
+    bench.group_send(text("a"), client)
+    bench.group_send(text("b"), client)
+    await turn()
+    assert client.log == [b"a", b"b", text("event")]
+
+
 async def test_a_broadcast_and_a_later_event_keep_their_order(bench):
     client = await bench.accepted()
     bench.group_send(text("first"), client)
@@ -1150,7 +1206,7 @@ async def test_broadcasts_to_a_paused_client_wait_and_are_counted_until_it_reads
 async def test_what_a_pause_within_a_fan_out_leaves_behind_is_counted(bench):
     client = await bench.accepted()
     for index in range(4):
-        bench.group_send(text(f"{index}" * 1000), client)
+        bench.group_send(text(f"{index}" * 10_000), client)  # too much for one write
     assert bench.connections.memory.statistics().held_bytes == 0, "it merely waits for its turn"
     write = client.send_broadcast
 
@@ -1161,7 +1217,7 @@ async def test_what_a_pause_within_a_fan_out_leaves_behind_is_counted(bench):
     client.send_broadcast = write_and_pause
     await turn()
     assert len(client.log) == 1
-    assert bench.connections.memory.statistics().held_bytes == 3000
+    assert bench.connections.memory.statistics().held_bytes == 30_000
     client.send_broadcast = write
     client.connection.resume_delivery()
     bench.group_send(text("last"), client)
