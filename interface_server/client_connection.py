@@ -703,9 +703,8 @@ class ClientConnection:
             self._delivering = False
         if run.cost:
             self._return_credit(run.cost)
-        if self._queue is not None:
-            self._drain()
-        elif self.state is State.ENDING:
+        self._drain()  # what came meanwhile
+        if self._queue is None and self.state is State.ENDING:
             assert self._verdict is not None
             self.conclude(self._verdict)
 
