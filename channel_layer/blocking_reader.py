@@ -2,7 +2,8 @@
 
 Lives here: BLMPOP, ending it early with CLIENT UNBLOCK, returning what came too late to its place, and killing
 connections that were given up, so that no ghost eats the next message. Does not live here: which keys are read
-and what the elements mean (the callers), deadlines (they travel inside the elements).
+and what the elements mean (the callers), deadlines (they travel inside the elements), where the keys are (broker.py:
+each pop() asks, and follows them to another server).
 
     DISCONNECTED --pop--> CONNECTING --> READING --answer--> IDLE --pop--> READING …
          ^                    |            |  +--cancelled--> ENDING --answer, elements pushed back--> IDLE
@@ -29,12 +30,13 @@ from channel_layer.broker_connection import (
     open_connection,
     pack_command,
 )
-from channel_layer.broker_url import BrokerAddress
 from channel_layer.enums import quick
 from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitable
+from channel_layer.sharding import read_redirect
 
 if TYPE_CHECKING:
     from channel_layer.broker import Broker
+    from channel_layer.broker_shard import BrokerShard
 
 __all__ = ["BlockingReader", "BlockingReaderStatistics", "ReaderState"]
 
@@ -54,6 +56,11 @@ RETRY_WAIT_FIRST_S: Final = 0.025
 # CLIENT UNBLOCK finds nobody blocked while the BLMPOP is still on its way: ask again after this long. Ends after
 # BLOCK_S at the latest, because then the read ends by itself.
 UNBLOCK_AGAIN_S: Final = 0.01
+
+# While keys are on their way from one node of a Cluster to another, no blocking read of two of them is allowed, and
+# none sees what arrives at the other node: they are looked at so often, for so long, then reading is tried again.
+_MOVING_LOOK_S: Final = 0.05
+_MOVING_S: Final = 1.0
 
 # Least time a list lives after elements were returned to it (push_back.lua); nobody reads it longer without a push.
 PUSH_BACK_EXPIRY_MS: Final = 60_000
@@ -118,15 +125,16 @@ class _Read:
 class BlockingReader:
     """Pops elements from lists, waiting for them. Made by Broker.open_reader(); one pop() at a time."""
 
-    def __init__(self, broker: Broker, *, address: BrokerAddress, client_name: str) -> None:
+    def __init__(self, broker: Broker, *, client_name: str) -> None:
         self._broker = broker
-        self._address = address
+        self._shard: BrokerShard | None = None  # of the present connection, or of the last one
         self._client_name = client_name
         self._counters = CommandCounters()
         self._state = ReaderState.DISCONNECTED
         self._connection: BrokerConnection | None = None
         # Whose read was never answered. It may still be blocked at the broker and would eat the next message.
-        self._ghost: ServerIdentity | None = None
+        self._ghost: tuple[BrokerShard, ServerIdentity] | None = None
+        self._moving_until = float("-inf")  # loop time; see _MOVING_S
         self._is_popping = False
         self._opening: asyncio.Task[BrokerConnection] | None = None  # runs on when its pop() is cancelled
         self._ending: asyncio.Task[None] | None = None  # runs on when a cancelled pop() is cancelled again
@@ -175,10 +183,17 @@ class BlockingReader:
     async def _pop(self, keys: Sequence[str], count: int) -> tuple[str, list[bytes]] | None:
         if self._ending is not None:
             await asyncio.shield(self._ending)
+        loop = asyncio.get_running_loop()
+        shard = self._broker.shard_of(keys[0])
+        if loop.time() < self._moving_until and self._state is not ReaderState.CLOSED:
+            return await self._pop_moving(keys, count)
         connection = self._connection
+        if shard is not self._shard:
+            self._leave_shard(shard)
+            connection = None
         if connection is None or connection.lost_reason is not None:
-            connection = await self._connected()
-        read = self._read = _Read(asyncio.get_running_loop().create_future())
+            connection = await self._connected(shard)
+        read = self._read = _Read(loop.create_future())
         self._state = ReaderState.READING
         self._pop_count += 1
         connection.send(
@@ -199,6 +214,8 @@ class BlockingReader:
         if read.error is not None:
             if connection.lost_reason is not None:
                 self._lost(connection)
+            elif self._broker.is_cluster and isinstance(read.error, BrokerError):
+                await self._follow(shard, read.error)
             raise read.error
         self._fruitless_count = 0
         if read.reply is None:
@@ -206,6 +223,65 @@ class BlockingReader:
         key, elements = read.reply
         self._element_count += len(elements)
         return key.decode(), elements
+
+    async def _follow(self, shard: BrokerShard, error: BrokerError) -> None:
+        """Do what an error means that says where the keys are instead; raises BrokerUnavailable then."""
+        assert shard.address is not None
+        redirect = read_redirect(str(error), shard.address.node)
+        if redirect is None:
+            return
+        if redirect.kind == "MOVED":
+            await self._broker.look_again(redirect.node)
+        else:
+            self._moving_until = asyncio.get_running_loop().time() + _MOVING_S
+        raise BrokerUnavailable(f"{self!r}: the keys are not at {shard}: {error}") from error
+
+    async def _pop_moving(self, keys: Sequence[str], count: int) -> tuple[str, list[bytes]] | None:
+        """Pop without blocking, through the command connections, which follow each key."""
+        for key in keys:
+            call = self._broker.call("LPOP", key, count)
+            try:
+                elements = await asyncio.shield(call)
+            except asyncio.CancelledError:
+                self._cancelled_count += 1
+                self._ending = asyncio.get_running_loop().create_task(self._undo_pop(key, call))
+                await asyncio.shield(self._ending)
+                raise
+            if elements:
+                self._element_count += len(elements)
+                return key, elements
+        await asyncio.sleep(_MOVING_LOOK_S)
+        return None
+
+    async def _undo_pop(self, key: str, call: asyncio.Future[list[bytes] | None]) -> None:
+        try:
+            elements = await call
+            if elements:
+                await self._push_back(key.encode(), elements)
+        except (BrokerUnavailable, BrokerError):
+            pass  # what it may have taken is lost, as with any answer that does not come
+        finally:
+            self._ending = None
+
+    def server_changed(self, run_id: str) -> None:
+        """Called by the shard: from now on its keys are at the server with this ``run_id``.
+
+        A read at another one is over, although that one may not know: it hangs, or was the master before.
+        """
+        connection = self._connection
+        if connection is not None and connection.server is not None and connection.server.run_id != run_id:
+            connection.give_up(f"{self!r}: another server is the master now")
+
+    def _leave_shard(self, shard: BrokerShard) -> None:
+        """The keys are at another shard than the connection."""
+        if self._connection is not None:
+            self._connection.give_up(f"{self!r}: the keys have moved to {shard}")
+            self._connection = None
+            self._state = ReaderState.DISCONNECTED
+        if self._shard is not None:
+            self._shard.readers.discard(self)
+        self._shard = shard
+        shard.readers.add(self)
 
     async def close(self) -> None:
         """Disconnect. A running pop() is ended as if cancelled and raises BrokerUnavailable."""
@@ -226,17 +302,19 @@ class BlockingReader:
         if self._connection is not None:
             connection, self._connection = self._connection, None
             await connection.disconnect(f"{self!r}")
+        if self._shard is not None:
+            self._shard.readers.discard(self)
         self._broker.forget_reader(self)
 
     # Connecting
 
-    async def _connected(self) -> BrokerConnection:
+    async def _connected(self, shard: BrokerShard) -> BrokerConnection:
         if self._state is ReaderState.CLOSED:
             raise BrokerUnavailable(f"{self!r}")
         opening = self._opening
         if opening is None:
             self._state = ReaderState.CONNECTING
-            opening = self._opening = asyncio.get_running_loop().create_task(self._open())
+            opening = self._opening = asyncio.get_running_loop().create_task(self._open(shard))
             opening.add_done_callback(self._opened)
         # wait() leaves the task running when this pop() is cancelled: a caller with a timeout shorter than connecting
         # takes would never get connected.
@@ -252,18 +330,20 @@ class BlockingReader:
         if self._state is ReaderState.CONNECTING:
             self._state = ReaderState.DISCONNECTED if failed else ReaderState.IDLE
 
-    async def _open(self) -> BrokerConnection:
+    async def _open(self, shard: BrokerShard) -> BrokerConnection:
         if self._fruitless_count > 1:
             await asyncio.sleep(min(RECONNECT_WAIT_S, RETRY_WAIT_FIRST_S * 2 ** min(self._fruitless_count, 10)))
         self._fruitless_count += 1
         # First the command connection: it has the checks, it paces the tries, and it kills the ghost.
-        await self._broker.wait_reachable(RECONNECT_WAIT_S)
+        await shard.wait_reachable(RECONNECT_WAIT_S)
+        address = shard.address
+        assert address is not None
         try:
             connection = await open_connection(
-                self._address,
+                address,
                 client_name=self._client_name,
                 loop=asyncio.get_running_loop(),
-                silence_timeout_s=BLOCK_S + self._address.socket_timeout_s,
+                silence_timeout_s=BLOCK_S + address.socket_timeout_s,
                 counters=self._counters,
             )
         except BrokerUnsuitable as error:
@@ -271,6 +351,8 @@ class BlockingReader:
             raise BrokerUnavailable(str(error)) from error
         try:
             await self._kill_ghost()
+            if shard is not self._shard or address is not shard.address:
+                raise BrokerUnavailable(f"{self!r}: the keys have moved to {self._shard}")
             if connection.lost_reason is not None:
                 raise connection.lost_reason
         except BaseException:
@@ -283,13 +365,13 @@ class BlockingReader:
         return connection
 
     async def _kill_ghost(self) -> None:
-        ghost = self._ghost
-        if ghost is None:
+        if self._ghost is None:
             return
+        shard, ghost = self._ghost
         # After a restart of the broker there is no ghost, and its number may be somebody else's.
-        if ghost.run_id == self._broker.run_id:
+        if ghost.run_id == shard.run_id:
             try:
-                self._killed_ghost_count += await self._broker.call("CLIENT", "KILL", "ID", ghost.client_id)
+                self._killed_ghost_count += await shard.call("CLIENT", "KILL", "ID", ghost.client_id)
             except BrokerError as error:
                 # The broker's user lacks the right. Reading on beats being right: the ghost's read ends by itself.
                 logger.error("%r: a read that was given up cannot be ended (%s); waiting for its end", self, error)
@@ -297,7 +379,8 @@ class BlockingReader:
         self._ghost = None
 
     def _lost(self, connection: BrokerConnection) -> None:
-        self._ghost = connection.server
+        if self._shard is not None and connection.server is not None:
+            self._ghost = self._shard, connection.server
         self._connection = None
         self._state = ReaderState.DISCONNECTED
 
@@ -327,13 +410,14 @@ class BlockingReader:
 
     async def _unblock(self, connection: BrokerConnection, read: _Read) -> None:
         """Wait for the answer to ``read``, and see that it comes now."""
-        server = connection.server
+        server, shard = connection.server, self._shard
         assert server is not None
+        assert shard is not None
         while not read.is_answered:
-            if server.run_id != self._broker.run_id:
+            if server.run_id != shard.run_id:
                 return  # the broker's number of this client means nothing to the one that answers commands now
             try:
-                unblocked = await self._broker.call("CLIENT", "UNBLOCK", server.client_id)
+                unblocked = await shard.call("CLIENT", "UNBLOCK", server.client_id)
             except (BrokerUnavailable, BrokerError) as error:
                 logger.warning("%r: cannot end a read: %s", self, error)
                 return
@@ -342,7 +426,7 @@ class BlockingReader:
 
     async def _push_back(self, key: bytes, elements: list[bytes]) -> None:
         try:
-            await self._broker.wait_reachable(RECONNECT_WAIT_S)
+            await self._broker.wait_reachable(RECONNECT_WAIT_S, key.decode())
             await self._broker.script(scripts.PUSH_BACK, (key.decode(),), (PUSH_BACK_EXPIRY_MS, *elements))
         except (BrokerUnavailable, BrokerError) as error:
             # Not tried again: it may have been carried out, and then the messages would come twice.

@@ -57,8 +57,9 @@ UNANSWERED_COMMANDS_MAX: Final = 20_000
 UNWRITTEN_BYTES_MAX: Final = 32 * 1024 * 1024
 
 # Error codes of a broker that is there but does not serve at the moment: it loads its data, became a replica (a
-# blocked read then ends with UNBLOCKED), or a script keeps it busy. The command was not carried out.
-_NOT_SERVING: Final = frozenset({"BUSY", "LOADING", "MASTERDOWN", "READONLY", "UNBLOCKED"})
+# blocked read then ends with UNBLOCKED), belongs to a Cluster that lacks masters, or a script keeps it busy. The
+# command was not carried out.
+_NOT_SERVING: Final = frozenset({"BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "READONLY", "UNBLOCKED"})
 
 # Error codes of a broker that goes on answering and takes no writes for now, reads that pop included: no memory, disk
 # or replicas left.
@@ -159,6 +160,11 @@ class BrokerConnection(asyncio.Protocol):
     def unanswered_count(self) -> int:
         return len(self._waiting)
 
+    @property
+    def silent_s(self) -> float:
+        """How long the broker has owed an answer without sending anything."""
+        return time.monotonic() - self._heard_at if self._waiting and not self._owes_nothing_yet else 0.0
+
     # Commands
 
     def call(self, args: Sequence[Argument]) -> asyncio.Future[Any]:
@@ -174,12 +180,16 @@ class BrokerConnection(asyncio.Protocol):
     def script(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> asyncio.Future[Any]:
         """Run a script by its digest, once more by its source if the broker forgot it (SCRIPT FLUSH)."""
         future: asyncio.Future[Any] = self._loop.create_future()
+        self.send_script(script, keys, args, future)
+        return future
+
+    def send_script(self, script: Script, keys: Sequence[str], args: Sequence[Argument], answer: Answer) -> None:
+        """As script(), for another answer than a future."""
         tail = (len(keys), *keys, *args)
         self.send(
             pack_command(("EVALSHA", script.sha1, *tail)),
-            _ScriptAnswer(self, future, script, tail, self._counters),
+            _ScriptAnswer(self, answer, script, tail, self._counters),
         )
-        return future
 
     def transaction(self, commands: Sequence[Sequence[Argument]]) -> asyncio.Future[list[Any]]:
         """MULTI, the commands, EXEC; the future gets the list of their answers.
@@ -188,6 +198,11 @@ class BrokerConnection(asyncio.Protocol):
         been carried out: that is what a transaction is to Redis.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
+        self.send_transaction(commands, future)
+        return future
+
+    def send_transaction(self, commands: Sequence[Sequence[Argument]], answer: Answer) -> None:
+        """As transaction(), for another answer than a future."""
         data = b"".join(
             (
                 pack_command(("MULTI",)),
@@ -195,8 +210,7 @@ class BrokerConnection(asyncio.Protocol):
                 pack_command(("EXEC",)),
             )
         )
-        self.send(data, _TransactionAnswer(future, len(commands)), answer_count=len(commands) + 2)
-        return future
+        self.send(data, _TransactionAnswer(answer, len(commands)), answer_count=len(commands) + 2)
 
     def send(self, data: bytes, answer: Answer, answer_count: int = 1) -> None:
         """Send packed commands at the end of this tick; ``answer`` gets each of their ``answer_count`` answers."""
@@ -352,48 +366,48 @@ class _ScriptAnswer:
     script at the same instant, a later one may overtake: an operator's action, and no message is lost.
     """
 
-    __slots__ = ("_connection", "_counters", "_future", "_script", "_tail")
+    __slots__ = ("_answer", "_connection", "_counters", "_script", "_tail")
 
     def __init__(
         self,
         connection: BrokerConnection,
-        future: asyncio.Future[Any],
+        answer: Answer,
         script: Script,
         tail: tuple[Argument, ...],
         counters: CommandCounters,
     ) -> None:
         self._connection = connection
-        self._future = future
+        self._answer = answer
         self._script = script
         self._tail = tail  # number of keys, keys, arguments
         self._counters = counters
 
     def done(self) -> bool:
-        return self._future.done()
+        return self._answer.done()
 
     def set_result(self, result: Any, /) -> None:
-        self._future.set_result(result)
+        self._answer.set_result(result)
 
     def set_exception(self, exception: Exception, /) -> None:
         if isinstance(exception, BrokerError) and str(exception).startswith("NOSCRIPT"):
             self._counters.noscript_count += 1
-            self._connection.send(pack_command(("EVAL", self._script.source, *self._tail)), self._future)
+            self._connection.send(pack_command(("EVAL", self._script.source, *self._tail)), self._answer)
         else:
-            self._future.set_exception(exception)
+            self._answer.set_exception(exception)
 
 
 class _TransactionAnswer:
     """Takes the answers to MULTI, to each command (QUEUED, or why not) and to EXEC; passes on what EXEC says."""
 
-    __slots__ = ("_expected_count", "_future", "_refusal")
+    __slots__ = ("_answer", "_expected_count", "_refusal")
 
-    def __init__(self, future: asyncio.Future[list[Any]], command_count: int) -> None:
-        self._future = future
+    def __init__(self, answer: Answer, command_count: int) -> None:
+        self._answer = answer
         self._expected_count = command_count + 2
         self._refusal: Exception | None = None  # the first; EXEC says only that there was one
 
     def done(self) -> bool:
-        return self._future.done()
+        return self._expected_count == 0 or self._answer.done()
 
     def set_result(self, result: Any, /) -> None:
         self._expected_count -= 1
@@ -401,16 +415,17 @@ class _TransactionAnswer:
             return
         for item in result:
             if isinstance(item, hiredis.ReplyError):
-                self._future.set_exception(BrokerError(str(item)))
+                self._answer.set_exception(BrokerError(str(item)))
                 return
-        self._future.set_result(result)
+        self._answer.set_result(result)
 
     def set_exception(self, exception: Exception, /) -> None:
         self._expected_count -= 1
         if self._refusal is None:
             self._refusal = exception
         if self._expected_count == 0 or isinstance(exception, BrokerUnavailable):
-            self._future.set_exception(self._refusal)
+            self._expected_count = 0  # a lost connection fails each of the answers
+            self._answer.set_exception(self._refusal)
 
 
 async def open_connection(
@@ -420,8 +435,9 @@ async def open_connection(
     loop: asyncio.AbstractEventLoop,
     silence_timeout_s: float,
     counters: CommandCounters,
+    is_sentinel: bool = False,
 ) -> BrokerConnection:
-    """Connect, log in and choose the database; ``connection.server`` then says who answers.
+    """Connect, log in and choose the database; ``connection.server`` then says who answers (but not a Sentinel).
 
     Raises BrokerUnavailable, BrokerNotServing; BrokerUnsuitable where only the operator can help (password,
     database, rights). A cancelled call leaves nothing behind.
@@ -441,7 +457,10 @@ async def open_connection(
                     ssl=address.ssl_context,
                     server_hostname=address.host if address.ssl_context is not None else None,
                 )
-            connection.server = await _log_in(connection, address, client_name)
+            if is_sentinel:
+                await _log_in_to_sentinel(connection, address)
+            else:
+                connection.server = await _log_in(connection, address, client_name)
     except TimeoutError as error:
         reason = f"broker {address} did not answer within {address.connect_timeout_s:g} s"
         await connection.disconnect(reason)
@@ -456,6 +475,19 @@ async def open_connection(
         await connection.disconnect(f"connecting to broker {address} ended: {error!r}")
         raise
     return connection
+
+
+async def _log_in_to_sentinel(connection: BrokerConnection, address: BrokerAddress) -> None:
+    """Say who we are. Nothing else: a Sentinel's users may have the right to ask for masters, and no other."""
+    if address.username is None and address.password is None:
+        return
+    user = () if not address.username else (address.username,)
+    try:
+        await connection.call(("AUTH", *user, address.password or ""))
+    except BrokerError as error:
+        raise BrokerUnsuitable(
+            f"Sentinel {address} refuses sentinel_username or sentinel_password: {error}"
+        ) from error
 
 
 async def _log_in(connection: BrokerConnection, address: BrokerAddress, client_name: str) -> ServerIdentity:

@@ -189,7 +189,7 @@ class GroupSender:
         if self._link_send is not None:
             # Behind the reads: if the data are there now, they were there before. Otherwise data_lost() has been
             # called by the time this goes on.
-            pending.append(self._broker.look_for_lost_data())
+            pending.extend(shard.look_for_lost_data() for shard in self._broker.shards)
         answers = await asyncio.gather(*pending, return_exceptions=True)
         processes: dict[str, Any] = dict(zip(reads, answers, strict=False))
         if self._link_send is not None and self._loop.time() < self._doubt_until:

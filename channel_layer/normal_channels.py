@@ -280,7 +280,7 @@ class NormalChannels:
 
     def _hand_out(self, state: _ChannelReader, elements: list[bytes]) -> None:
         """Give elements to the calls that wait; return what nobody wants."""
-        now_ms = self._broker.time_ms()
+        now_ms = self._broker.time_ms(state.key)
         fresh: list[bytes] = []
         for element in elements:
             try:
@@ -309,7 +309,7 @@ class NormalChannels:
 
     async def _return(self, key: str, elements: list[bytes]) -> None:
         try:
-            await self._broker.wait_reachable(_RETURN_WAIT_S)
+            await self._broker.wait_reachable(_RETURN_WAIT_S, key)
             await self._broker.script(scripts.PUSH_BACK, (key,), (self._expiry_ms, *elements))
         except (BrokerUnavailable, BrokerError) as error:
             # Not tried again: it may have been carried out, and then the messages would come twice.

@@ -211,6 +211,7 @@ class RedisProcessLayer(ChannelsBackend):
         self._dead: dict[str, float] = {}
         # What the broker had refused at the last look, while there are suspects.
         self._refusal_count: int | None = None
+        self._inbox_key = self.keys.mail(self.process_id)  # where that is, there is all of the inbox
         # When the newest message to ourselves left that has come back (probe()); None: none has yet.
         self.proved_at: float | None = None
         self._was_reachable = False
@@ -797,7 +798,7 @@ class RedisProcessLayer(ChannelsBackend):
         except WireError:
             self._malformed_count += 1
             raise
-        lifetime_ms = deadline_ms - self._broker.time_ms()
+        lifetime_ms = deadline_ms - self._broker.time_ms(self._inbox_key)
         if lifetime_ms <= 0:
             self._letter_expired_count += 1
             return
@@ -920,7 +921,7 @@ class RedisProcessLayer(ChannelsBackend):
         calls: list[Awaitable[Any]] = [self._broker.call("EXISTS", self.keys.lease(peer)) for peer in looked_at]
         has_suspects = liveness.has_suspects
         if has_suspects:
-            calls.append(self._broker.count_refusals())
+            calls.append(self._broker.shards[0].count_refusals())
         answers = await asyncio.gather(*calls)
         now = parts.loop.time()
         refusals_before, self._refusal_count = self._refusal_count, answers.pop() if has_suspects else None

@@ -18,7 +18,7 @@ ARROWS = {
 # No I/O is decided or done here: these modules import nothing that could do it.
 SANS_IO = (
     *("capacity", "codec", "connection", "errors", "frames", "link", "liveness", "mail", "messages", "names"),
-    *("openings",),
+    *("openings", "sharding"),
 )
 IO_MODULES = {"asyncio", "socket", "ssl", "selectors", "threading", "subprocess", "twisted", "autobahn", "redis"}
 

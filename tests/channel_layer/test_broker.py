@@ -88,6 +88,11 @@ async def until(condition: Callable[[], Any], timeout_s: float = 10.0) -> None:
             await asyncio.sleep(0.005)
 
 
+def generation_of(broker: Broker) -> bytes | None:
+    lineage = broker.shards[0]._lineage
+    return None if lineage is None else lineage.generation
+
+
 async def until_blocked(server: BrokerServer, count: int = 1) -> None:
     with server.client() as client:
         await until(lambda: client.info("clients")["blocked_clients"] == count)
@@ -115,7 +120,7 @@ async def kill_and_start(server: BrokerServer, changes: Changes) -> None:
 @on_both_loops
 async def test_answers_come_in_the_order_of_the_calls_and_leave_in_one_write(any_broker_server: BrokerServer) -> None:
     async with connected(any_broker_server.url) as broker:
-        connection = broker._connection
+        connection = broker.shards[0].connection
         assert connection is not None
         writes: list[bytes] = []
         transport = connection._transport
@@ -334,7 +339,7 @@ async def test_a_frozen_broker_is_given_up_after_the_socket_timeout(broker_serve
 async def test_an_idle_connection_notices_a_frozen_broker_by_the_heartbeat(
     broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("channel_layer.broker.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("channel_layer.broker_shard.HEARTBEAT_S", 0.2)
     async with connected(f"{broker_server.url}?socket_timeout=0.3") as broker:
         changes = Changes(broker)
         broker_server.pause()
@@ -370,7 +375,7 @@ async def test_a_slow_broker_that_goes_on_answering_is_not_given_up(broker_serve
 async def test_idle_for_longer_than_the_socket_timeout_is_not_an_outage(
     broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("channel_layer.broker.HEARTBEAT_S", 60)
+    monkeypatch.setattr("channel_layer.broker_shard.HEARTBEAT_S", 60)
     async with connected(f"{broker_server.url}?socket_timeout=0.1") as broker:
         changes = Changes(broker)
         await broker.call("PING")
@@ -401,10 +406,10 @@ async def test_flushall_is_noticed_within_3_s_and_by_every_process(any_broker_se
         for each in changes:
             await each.wait(1, timeout_s=3)
             assert each.seen == [RESTORED_EMPTY]
-        await until(lambda: one._lineage and other._lineage and one._lineage.generation == other._lineage.generation)
+        await until(lambda: generation_of(one) is not None and generation_of(one) == generation_of(other))
         new_generation = await one.call("GET", "trunkline:generation")
         assert new_generation not in (None, generation)
-        one._beat()
+        one.shards[0]._beat()
         await one.call("PING")
         await one.call("PING")
         assert changes[0].seen == [RESTORED_EMPTY]  # told once
@@ -528,14 +533,14 @@ async def test_connect_may_be_tried_again_after_a_loss_at_its_last_instant(
     broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broker = Broker(broker_server.url, client_name="test")
-    open_connection = broker._open
+    open_connection = broker.shards[0]._open
 
     async def open_and_lose() -> Any:
         connection, lineage = await open_connection()
         connection.give_up("lost at the last instant")
         return connection, lineage
 
-    monkeypatch.setattr(broker, "_open", open_and_lose)
+    monkeypatch.setattr(broker.shards[0], "_open", open_and_lose)
     with pytest.raises(BrokerUnavailable, match="last instant"):
         await broker.connect()
     monkeypatch.undo()
@@ -646,8 +651,8 @@ async def test_a_full_broker_can_be_connected_to_and_read(broker_server: BrokerS
         assert await reader.pop(["list"], 1) == ("list", [b"x"])
         changes = Changes(broker)
         await broker.call("CONFIG", "SET", "maxmemory", 0)
-        broker._beat()
-        await until(lambda: broker._lineage and broker._lineage.generation)
+        broker.shards[0]._beat()
+        await until(lambda: generation_of(broker))
         assert changes.seen == []
 
 
@@ -739,21 +744,23 @@ async def test_client_names_show_in_client_list_and_are_checked(broker_server: B
 async def test_time_ms_is_the_brokers_clock(broker_server: BrokerServer) -> None:
     async with connected(broker_server.url) as broker:
         seconds, microseconds = await broker.call("TIME")
-        assert abs(broker.time_ms() - (int(seconds) * 1000 + int(microseconds) / 1000)) < 100
+        assert abs(broker.time_ms("any") - (int(seconds) * 1000 + int(microseconds) / 1000)) < 100
 
 
 async def test_a_late_answer_to_time_does_not_spoil_the_estimate(broker_server: BrokerServer) -> None:
     async with connected(broker_server.url) as broker:
-        offset_ms = broker._clock_offset_ms
+        offset_ms = broker.shards[0]._clock_offset_ms
         # Asked 10 s ago, answered by the broker at once, read only now, because the loop was blocked.
         now = time.monotonic()
         broker_ms = int((now - 10) * 1000 + offset_ms)
-        broker._read_clock((b"%d" % (broker_ms // 1000), b"%d" % (broker_ms % 1000 * 1000)), now - 10, is_first=False)
-        assert broker._clock_offset_ms == pytest.approx(offset_ms, abs=5)
+        broker.shards[0]._read_clock(
+            (b"%d" % (broker_ms // 1000), b"%d" % (broker_ms % 1000 * 1000)), now - 10, is_first=False
+        )
+        assert broker.shards[0]._clock_offset_ms == pytest.approx(offset_ms, abs=5)
         # The broker's clock was set back by an hour: an answer read at once says so.
         broker_ms = int(now * 1000 + offset_ms) - 3_600_000
-        broker._read_clock((b"%d" % (broker_ms // 1000), b"0"), now, is_first=False)
-        assert broker._clock_offset_ms == pytest.approx(offset_ms - 3_600_000, abs=1100)
+        broker.shards[0]._read_clock((b"%d" % (broker_ms // 1000), b"0"), now, is_first=False)
+        assert broker.shards[0]._clock_offset_ms == pytest.approx(offset_ms - 3_600_000, abs=1100)
 
 
 async def test_a_clock_that_jumps_ahead_is_lost_data_and_one_that_is_set_back_is_not(
@@ -763,10 +770,10 @@ async def test_a_clock_that_jumps_ahead_is_lost_data_and_one_that_is_set_back_is
     async with connected(broker_server.url) as broker:
         changes: list[BrokerChange] = []
         broker.subscribe(changes.append)
-        broker._clock_offset_ms += 3_600_000  # as if the clock had been set back since
-        await until(lambda: abs(broker.time_ms() - time.time() * 1000) < 1000)
+        broker.shards[0]._clock_offset_ms += 3_600_000  # as if the clock had been set back since
+        await until(lambda: abs(broker.time_ms("any") - time.time() * 1000) < 1000)
         assert changes == []
-        broker._clock_offset_ms -= 3_600_000
+        broker.shards[0]._clock_offset_ms -= 3_600_000
         await until(lambda: changes, 3.0)
         assert changes == [RESTORED_EMPTY]
 
@@ -1096,7 +1103,8 @@ async def test_a_reader_that_only_ever_reaches_a_replica_does_not_spin(
     with BrokerServer(valkey_program) as replica, replica.client() as client:
         client.execute_command("REPLICAOF", "127.0.0.1", free_port())
         async with connected(broker_server.url) as broker:
-            reader = BlockingReader(broker, address=parse_broker_url(replica.url), client_name="test:reader")
+            reader = broker.open_reader()
+            broker.shards[0].address = parse_broker_url(replica.url)
             failure_count = 0
             started = time.monotonic()
             while time.monotonic() - started < 1.0:
@@ -1104,7 +1112,6 @@ async def test_a_reader_that_only_ever_reaches_a_replica_does_not_spin(
                     await reader.pop(["list"], 1)
                 failure_count += 1
             assert 3 < failure_count < 10
-            await reader.close()
 
 
 async def test_a_key_of_another_type_is_an_error_and_the_reader_goes_on(broker_server: BrokerServer) -> None:
