@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
+from channel_layer.broker_url import split_urls
+
 __all__ = ["build_urls", "is_same_broker"]
 
 _PORT: Final = 6379
@@ -40,19 +42,22 @@ _SCHEMES: Final = {
 }
 
 
-def build_urls(hosts: object) -> tuple[str, ...]:
-    """Return the URLs that ``hosts`` means, in order. Raises ValueError and TypeError, which say what is expected."""
+def build_urls(hosts: object) -> str:
+    """Return what ``hosts`` means: a URL, or several with commas between them, one for each shard.
+
+    Raises ValueError and TypeError, which say what is expected.
+    """
     if isinstance(hosts, str | bytes | Mapping) or not isinstance(hosts, Sequence):
         raise TypeError(f"hosts is a {type(hosts).__name__}, expected a list: hosts=['redis://localhost:6379']")
-    return tuple(_url_of(host, f"hosts[{index}]") for index, host in enumerate(hosts))
+    return ",".join(_url_of(host, f"hosts[{index}]") for index, host in enumerate(hosts))
 
 
-def is_same_broker(one: Sequence[str], other: Sequence[str]) -> bool:
-    """True if two lists of valid URLs mean the same brokers, in the same order, however they are spelled.
+def is_same_broker(one: str, other: str) -> bool:
+    """True if two valid URLs, or lists of them, mean the same brokers in the same order, however they are spelled.
 
     Compared are addresses and databases; not who connects, or with which options.
     """
-    return tuple(one) == tuple(other) or [_place_of(url) for url in one] == [_place_of(url) for url in other]
+    return one == other or [*map(_place_of, split_urls(one))] == [*map(_place_of, split_urls(other))]
 
 
 def _url_of(host: object, where: str) -> str:
@@ -128,9 +133,13 @@ def _url_of_sentinels(master: object, sentinels: object, options: dict[str, Any]
         if to_sentinels.get(name) is not None:
             options[f"sentinel_{name}"] = to_sentinels[name]
     scheme = _scheme_of(options, where)
-    if not options.get("db"):
-        options.pop("db", None)
-    return _assemble(f"{scheme}+sentinel", ",".join(nodes), f"/{quote(master, safe='')}", options)
+    if to_sentinels.get("ssl") and scheme == "redis":
+        raise ValueError(f"{where}: TLS to the Sentinels and none to their master is not possible")
+    if scheme == "rediss" and not to_sentinels.get("ssl"):
+        options["sentinel_ssl"] = "false"  # a URL means both
+    database = options.pop("db", None)
+    path = f"/{quote(master, safe='')}" + (f"/{database}" if database else "")
+    return _assemble(f"{scheme}+sentinel", ",".join(nodes), path, options)
 
 
 def _scheme_of(options: Mapping[str, Any], where: str) -> str:
@@ -177,10 +186,10 @@ def _place_of(url: str) -> tuple[Any, ...]:
     place = parts.netloc.rpartition("@")[2]
     port = _SENTINEL_PORT if kind == "sentinel" else _PORT
     nodes = frozenset(_node_of(node, port) for node in place.split(","))
-    if kind != "sentinel":
-        database = path.strip("/").lstrip("0") or database
-        path = ""
-    return (kind, nodes, path.strip("/"), database)
+    master, in_path = "", path.strip("/")
+    if kind == "sentinel":
+        master, _, in_path = in_path.partition("/")
+    return (kind, nodes, master, in_path.lstrip("0") or database)
 
 
 def _node_of(text: str, port: int) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import channel_layer
 from channel_layer.base import Message
-from channel_layer.broker_url import parse_broker_url, redact_url
+from channel_layer.broker_url import parse_broker_urls, redact_urls
 from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import ChannelsBackend
 from channel_layer.encryption import Cipher, keys_from_environment
@@ -98,11 +98,9 @@ class RedisChannelLayer(ChannelsBackend):
         self._capacities = Capacities(capacity, channel_capacity)
         self._channel_capacity = dict(channel_capacity) if channel_capacity is not None else {}
         # None: not given, so the process's own. Channels' users also write [] for the default.
-        self._urls = None if hosts is None or hosts in ([], ()) else build_urls(hosts)
-        for url in self._urls or ():
-            parse_broker_url(url)  # a wrong one is told now, not at the first call
-        if self._urls is not None and len(self._urls) > 1:
-            raise ValueError(f"hosts names {len(self._urls)} brokers: sharding is not supported yet, give one")
+        self._url = None if hosts is None or hosts in ([], ()) else build_urls(hosts)
+        if self._url is not None:
+            parse_broker_urls(self._url)  # a wrong one is told now, not at the first call
         self._cipher = None if symmetric_encryption_keys is None else Cipher(symmetric_encryption_keys)
         self._notices = (_message_type("on_disconnect", on_disconnect), _message_type("on_reconnect", on_reconnect))
         self._prefix = prefix
@@ -114,7 +112,7 @@ class RedisChannelLayer(ChannelsBackend):
         self._judged: tuple[RedisProcessLayer, bool] | None = None
 
     def __repr__(self) -> str:
-        broker = "the process's own broker" if self._urls is None else ", ".join(map(redact_url, self._urls))
+        broker = "the process's own broker" if self._url is None else redact_urls(self._url)
         return f"<RedisChannelLayer {broker} {self._home[1] if self._home is not None else 'not connected'}>"
 
     async def statistics(self) -> RedisProcessLayerStatistics:
@@ -201,7 +199,7 @@ class RedisChannelLayer(ChannelsBackend):
         """
         if self._prefix is not None and self._prefix != installed.prefix:
             return False
-        if self._urls is not None and not is_same_broker(self._urls, (installed.url,)):
+        if self._url is not None and not is_same_broker(self._url, installed.url):
             return False
         if self._cipher is not None and self._cipher != installed.cipher:
             if self._cipher.is_encrypting and not installed.cipher.is_encrypting:
@@ -217,8 +215,8 @@ class RedisChannelLayer(ChannelsBackend):
         return self._cipher if self._cipher is not None else Cipher(keys_from_environment())
 
     def _broker(self) -> str:
-        if self._urls is not None:
-            return self._urls[0]
+        if self._url is not None:
+            return self._url
         url = os.environ.get("TRUNKLINE_REDIS")
         if not url:
             raise RuntimeError(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Connection, SSLConnection, UnixDomainSocketConnection
 
+from channel_layer.broker_url import parse_broker_urls
 from channel_layer.hosts import build_urls, is_same_broker
 
 
@@ -52,18 +53,26 @@ from channel_layer.hosts import build_urls, is_same_broker
                 "db": 2,
                 "password": "p",
             },
-            "redis+sentinel://:p@a:1/m?db=2&sentinel_password=s",
+            "redis+sentinel://:p@a:1/m/2?sentinel_password=s",
         ),
-        ({"sentinels": [("a", 1)], "master_name": "m", "ssl": True, "db": 0}, "rediss+sentinel://a:1/m"),
+        (
+            {"sentinels": [("a", 1)], "master_name": "m", "ssl": True, "db": 0},
+            "rediss+sentinel://a:1/m?sentinel_ssl=false",
+        ),
+        (
+            {"sentinels": [("a", 1)], "master_name": "m", "ssl": True, "sentinel_kwargs": {"ssl": True}},
+            "rediss+sentinel://a:1/m",
+        ),
     ],
     ids=str,
 )
 def test_a_host_in_every_form_that_channels_redis_takes(host: Any, url: str) -> None:
-    assert build_urls([host]) == (url,)
+    assert build_urls([host]) == url
+    assert len(parse_broker_urls(url)) == 1
 
 
 def test_several_hosts_keep_their_order() -> None:
-    assert build_urls([("a", 1), "redis://b", {"host": "c"}]) == ("redis://a:1", "redis://b", "redis://c:6379")
+    assert build_urls([("a", 1), "redis://b", {"host": "c"}]) == "redis://a:1,redis://b,redis://c:6379"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +91,11 @@ def test_several_hosts_keep_their_order() -> None:
         ([{"host": "h", "credential_provider": len}], ValueError, "give username and password"),
         ([{"sentinels": [("h", 1)]}], ValueError, "no 'master_name'"),
         ([{"master_name": "m"}], ValueError, "no 'sentinels'"),
+        (
+            [{"master_name": "m", "sentinels": [("h", 1)], "sentinel_kwargs": {"ssl": True}}],
+            ValueError,
+            "TLS to the Sentinels and none to their master",
+        ),
         ([{"master_name": "m", "sentinels": ["h:1"]}], TypeError, "has 'h:1', expected a pair"),
     ],
     ids=str,
@@ -102,24 +116,29 @@ def test_what_is_no_host_is_refused(hosts: Any, error: type[Exception], text: st
         ],
         ["redis://Host:1/2", "redis://host:1?db=2", "redis://u@host:1/02"],
         ["unix:///tmp/a%20b", "unix:///tmp/a b", "unix://:p@/tmp/a%20b?db=0"],
-        ["redis+sentinel://a,b:2/m", "redis+sentinel://b:2,a:26379/m?db=0", "redis+sentinel://:p@a:26379,b:2/m"],
+        [
+            "redis+sentinel://a,b:2/m",
+            "rediss+sentinel://a,b:2/m/0",
+            "redis+sentinel://b:2,a:26379/m?db=0",
+            "redis+sentinel://:p@a:26379,b:2/m",
+        ],
         ["redis+cluster://a,b", "redis+cluster://b:6379,a"],
     ],
 )
 def test_spellings_of_one_broker(alike: list[str]) -> None:
     for one in alike:
         for other in alike:
-            assert is_same_broker([one], [other]), (one, other)
+            assert is_same_broker(one, other), (one, other)
 
 
 def test_different_brokers() -> None:
     different = [
         "redis://h", "redis://other", "redis://h:1", "redis://h/1", "unix:///tmp/h", "unix:///tmp/h?db=1",
-        "redis+sentinel://h/m", "redis+sentinel://h/n", "redis+sentinel://h/m?db=1", "redis+cluster://h",
+        "redis+sentinel://h/m", "redis+sentinel://h/n", "redis+sentinel://h/m?db=1", "redis+sentinel://h/m/2", "redis+cluster://h",
     ]  # fmt: skip
     for one in different:
         for other in different:
-            assert is_same_broker([one], [other]) == (one == other), (one, other)
-    assert is_same_broker(["redis://a", "redis://b"], ["redis://a:6379", "redis://b:6379"])
-    assert not is_same_broker(["redis://a", "redis://b"], ["redis://b", "redis://a"])
-    assert not is_same_broker(["redis://a"], ["redis://a", "redis://b"])
+            assert is_same_broker(one, other) == (one == other), (one, other)
+    assert is_same_broker("redis://a,redis://b", "redis://a:6379, redis://b:6379")
+    assert not is_same_broker("redis://a,redis://b", "redis://b,redis://a")
+    assert not is_same_broker("redis://a", "redis://a,redis://b")

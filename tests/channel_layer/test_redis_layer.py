@@ -81,7 +81,7 @@ class TestContract(ChannelLayerContract):
         ({"hosts": "redis://h"}, TypeError, "hosts is a str, expected a list"),
         ({"hosts": ["http://h"]}, ValueError, "redis://, rediss:// or unix://"),
         ({"hosts": [{"host": "h", "colour": "red"}]}, ValueError, "colour"),
-        ({"hosts": ["redis://a", "redis://b"]}, ValueError, "hosts names 2 brokers"),
+        ({"hosts": ["redis://a", "redis+cluster://b"]}, ValueError, "cannot be one of several"),
         ({"prefix": "a b"}, TypeError, "prefix 'a b'"),
         ({"symmetric_encryption_keys": "secret"}, ValueError, "encryption keys are a list"),
         ({"symmetric_encryption_keys": [7]}, TypeError, "an encryption key is a int"),
