@@ -28,7 +28,6 @@ from interface_server.protocol.websocket_session import (
     Abort,
     Actions,
     Closed,
-    Deliver,
     Finish,
     Opened,
     Refused,
@@ -273,8 +272,13 @@ class WebSocketClient:
     # Called by the Connection
 
     def application_event(self, event: dict[str, Any]) -> None:
-        assert self._session is not None
-        self._carry_out(self._session.application_event(event))
+        session = self._session
+        assert session is not None
+        frame = session.build_message(event)
+        if frame is not None:
+            self._transport.write(frame)
+        else:
+            self._carry_out(session.application_event(event))
 
     def send_broadcast(self, broadcast: Broadcast | JoinedBroadcasts) -> None:
         session = self._session
@@ -317,7 +321,9 @@ class WebSocketClient:
 
     def _message_received(self, payload: str | bytes) -> None:
         assert self._session is not None
-        self._carry_out(self._session.message(payload))
+        event = self._session.message(payload)
+        if event is not None and self._connection is not None:
+            self._connection.send_event(event)
 
     def _ping_received(self, payload: bytes) -> None:
         assert self._session is not None
@@ -404,9 +410,6 @@ class WebSocketClient:
             match action:
                 case Write(data):
                     self._write(data)
-                case Deliver(event):
-                    if self._connection is not None:
-                        self._connection.send_event(event)
                 case Closed(event):
                     self._closed(event)
                 case Opened():

@@ -13,7 +13,6 @@ from interface_server.protocol.websocket_session import (
     TRANSITIONS,
     Abort,
     Closed,
-    Deliver,
     Finish,
     Input,
     Opened,
@@ -61,7 +60,7 @@ INPUTS = {
     Input.RAISED: lambda session: session.application_ended(Outcome.RAISED),
     Input.CANCELLED: lambda session: session.application_ended(Outcome.CANCELLED),
     Input.REFUSED: lambda session: session.refused(Refusal.WORKER_LOST),
-    Input.MESSAGE: lambda session: session.message("x"),
+    Input.MESSAGE: lambda session: [event for event in [session.message("x")] if event is not None],
     Input.PING: lambda session: session.ping(b"p"),
     Input.PEER_CLOSE: lambda session: session.close_frame(b"\x0f\xa1r"),
     Input.FAULT: lambda session: session.fault(1002, "f"),
@@ -112,7 +111,7 @@ EXPECTED = {
     (State.OPEN, Input.RAISED): [Write(build_close(1011)), disconnect(1011)],
     (State.OPEN, Input.CANCELLED): [Write(build_close(1012)), disconnect(1012)],
     (State.OPEN, Input.REFUSED): [Write(build_close(1012, LOST_REASON)), disconnect(1012, LOST_REASON)],
-    (State.OPEN, Input.MESSAGE): [Deliver({"type": "websocket.receive", "text": "x"})],
+    (State.OPEN, Input.MESSAGE): [{"type": "websocket.receive", "text": "x"}],
     (State.OPEN, Input.PING): [Write(build_frame(PONG, b"p"))],
     (State.OPEN, Input.PEER_CLOSE): [Write(build_close(4001)), disconnect(4001, "r"), CLOSE],
     (State.OPEN, Input.FAULT): [Write(build_close(1002, "f")), disconnect(1002, "f"), LINGER],
@@ -288,6 +287,17 @@ def test_unknown_events_are_dropped_and_counted(event):
     assert session.dropped_count == 1
 
 
+@pytest.mark.parametrize("state", State)
+def test_the_short_way_is_for_messages_to_open_connections(state):
+    event = {"type": "websocket.send", "text": "x"}
+    session = build_session(state)
+    frame = session.build_message(event)
+    assert frame == (build_frame(TEXT, b"x") if state is State.OPEN else None)
+    for other in ({"type": "websocket.send"}, {"type": "websocket.close"}, {"text": "x"}):
+        assert session.build_message(other) is None
+    assert (session.state, session.dropped_count, session.late_count) == (state, 0, 0)
+
+
 def test_sends_are_compressed_where_it_is_agreed():
     deflate = negotiate([b"permessage-deflate"])
     handshake = Handshake(accept=ACCEPT, subprotocols=[], deflate=deflate)
@@ -301,6 +311,7 @@ def test_sends_are_compressed_where_it_is_agreed():
     assert large.data[0] == 0xC1
     (small,) = session.application_event({"type": "websocket.send", "text": "abc"})
     assert small == Write(build_frame(TEXT, b"abc"))
+    assert session.build_message({"type": "websocket.send", "text": "abc" * 1000}) == large.data
 
 
 def test_broadcasts_are_let_through_only_while_open():
@@ -326,7 +337,7 @@ def test_events_that_crossed_the_end_are_counted_as_late_and_not_as_faults():
 def test_a_message_is_exactly_one_of_text_and_bytes():
     session = build_session(State.OPEN)
     for payload, key in (("", "text"), ("ä", "text"), (b"", "bytes"), (b"a", "bytes")):
-        assert list(session.message(payload)) == [Deliver({"type": "websocket.receive", key: payload})]
+        assert session.message(payload) == {"type": "websocket.receive", key: payload}
 
 
 # Close, by the application
