@@ -63,9 +63,12 @@ from channel_layer.enums import quick
 from channel_layer.errors import WireError, repr_short
 
 __all__ = [
+    "BLOB_VERSION",
+    "SINCE_VERSION_2",
     "STATE_COMMIT",
     "STATE_NOTIFY",
     "WIRE_VERSION",
+    "WIRE_VERSION_PREVIOUS",
     "Blob",
     "BlobKind",
     "Frame",
@@ -96,7 +99,14 @@ __all__ = [
     "decode_blob",
 ]
 
-WIRE_VERSION: Final = 1
+# What this release speaks, and the oldest that it still reads. docs/decisions/0018-wire-versions.md says what has to
+# be done for a new one. An interface server's openings say which one it speaks.
+#   1  kinds up to BYE
+#   2  ANSWER, and hand-over
+WIRE_VERSION: Final = 2
+WIRE_VERSION_PREVIOUS: Final = 1
+# The layout of a blob is still the one of version 1: what has changed is which frames may be in it.
+BLOB_VERSION: Final = 1
 
 # Flags of STATE; a receiver ignores those that it does not know.
 STATE_NOTIFY: Final = 1
@@ -141,6 +151,12 @@ class FrameKind(IntEnum):
     RELEASE = 33
     RELEASED = 34
     ADOPT = 35
+
+
+# Kinds that an interface server of version 1 does not know; workers send them to others only.
+SINCE_VERSION_2: Final = frozenset(
+    map(int, (FrameKind.ANSWER, FrameKind.STATE, FrameKind.RELEASE, FrameKind.RELEASED, FrameKind.ADOPT))
+)
 
 
 @quick
@@ -207,7 +223,7 @@ def build_blob(
     frames: Sequence[bytes] = (),
 ) -> bytes:
     """Encode a blob; ``frames`` are encoded already."""
-    head = _pack([WIRE_VERSION, int(kind), source, stream, sequence, ack_stream, ack])
+    head = _pack([BLOB_VERSION, int(kind), source, stream, sequence, ack_stream, ack])
     # The array has eight elements; the first seven were packed as an array of seven (0x97), so one byte changes.
     count = len(frames)
     if count < 16:
@@ -227,8 +243,8 @@ def decode_blob(data: bytes) -> Blob:
         raise WireError(f"link blob of {len(data)} bytes is not msgpack: {error}") from error
     if not isinstance(fields, list) or not fields:
         raise WireError(f"link blob is a {type(fields).__name__}, expected an array")
-    if fields[0] != WIRE_VERSION:
-        raise WireError(f"link blob has version {repr_short(fields[0])}, this release reads {WIRE_VERSION}")
+    if fields[0] != BLOB_VERSION:
+        raise WireError(f"link blob has version {repr_short(fields[0])}, this release reads {BLOB_VERSION}")
     if len(fields) != 8:
         raise WireError(f"link blob has {len(fields)} fields, expected 8")
     _, kind, source, stream, sequence, ack_stream, ack, frames = fields

@@ -26,9 +26,9 @@ from typing import Any, Final, NamedTuple
 import msgpack
 
 from channel_layer.errors import WireError, repr_short
-from channel_layer.frames import WIRE_VERSION
 
 __all__ = [
+    "LETTER_VERSION",
     "MAIL_CAPACITY",
     "Letter",
     "LetterKind",
@@ -42,6 +42,8 @@ __all__ = [
     "decode_letter",
 ]
 
+# Nobody knows what the reader of a letter reads, so this may grow only a release after all read the new one.
+LETTER_VERSION: Final = 1
 # Letters of groups, requests and answers in a process's mail; one more is dropped and counted by its sender. More
 # than the 100 of a channel, because all groups share one mail, and a process handles a thousand in some 20 ms.
 MAIL_CAPACITY: Final = 1000
@@ -77,31 +79,31 @@ _FIELDS: Final[dict[int, tuple[type, ...]]] = {
 
 
 def build_message(channel: str, payload: bytes) -> bytes:
-    return _pack([WIRE_VERSION, 1, channel, payload])
+    return _pack([LETTER_VERSION, 1, channel, payload])
 
 
 def build_group_send(group: str, payload: bytes) -> bytes:
-    return _pack([WIRE_VERSION, 2, group, payload])
+    return _pack([LETTER_VERSION, 2, group, payload])
 
 
 def build_group_add(group: str, channel: str, *, request: int, answer_to: str) -> bytes:
-    return _pack([WIRE_VERSION, int(LetterKind.GROUP_ADD), group, channel, request, answer_to])
+    return _pack([LETTER_VERSION, int(LetterKind.GROUP_ADD), group, channel, request, answer_to])
 
 
 def build_group_discard(group: str, channel: str, *, request: int, answer_to: str) -> bytes:
-    return _pack([WIRE_VERSION, int(LetterKind.GROUP_DISCARD), group, channel, request, answer_to])
+    return _pack([LETTER_VERSION, int(LetterKind.GROUP_DISCARD), group, channel, request, answer_to])
 
 
 def build_group_answer(request: int, done: bool) -> bytes:
-    return _pack([WIRE_VERSION, int(LetterKind.GROUP_ANSWER), request, done])
+    return _pack([LETTER_VERSION, int(LetterKind.GROUP_ANSWER), request, done])
 
 
 def build_probe(token: int) -> bytes:
-    return _pack([WIRE_VERSION, int(LetterKind.PROBE), token])
+    return _pack([LETTER_VERSION, int(LetterKind.PROBE), token])
 
 
 def build_flush(*, request: int, answer_to: str) -> bytes:
-    return _pack([WIRE_VERSION, int(LetterKind.FLUSH), request, answer_to])
+    return _pack([LETTER_VERSION, int(LetterKind.FLUSH), request, answer_to])
 
 
 def decode_letter(data: bytes) -> Letter:
@@ -112,8 +114,8 @@ def decode_letter(data: bytes) -> Letter:
         raise WireError(f"letter of {len(data)} bytes is not msgpack: {error!r}") from error
     if type(array) is not list or not array:
         raise WireError(f"letter is not an array: {repr_short(array)}")
-    if array[0] != WIRE_VERSION:
-        raise WireError(f"letter has version {repr_short(array[0])}, this release reads {WIRE_VERSION}")
+    if array[0] != LETTER_VERSION:
+        raise WireError(f"letter has version {repr_short(array[0])}, this release reads {LETTER_VERSION}")
     if len(array) < 2 or type(array[1]) is not int:
         raise WireError(f"letter has no kind: {repr_short(array)}")
     kind, fields = array[1], array[2:]

@@ -95,7 +95,7 @@ class Keys:
     """Broker keys of one deployment. ``prefix`` separates deployments that share a broker.
 
     Whatever one script touches has one hash tag, so everything works on Redis Cluster. The keys of
-    normal channels and inboxes carry the wire version: an old process never pops what it cannot read.
+    normal channels and inboxes carry the version of their layout: an old process never pops what it cannot read.
     """
 
     prefix: str = "trunkline"
@@ -105,8 +105,12 @@ class Keys:
             raise InvalidName(f"prefix {self.prefix!r} is not valid: ASCII letters, digits, '.', ':', '-', '_'")
 
     def normal(self, channel: str) -> str:
-        """List of the messages of a normal channel."""
+        """List of the messages of a normal channel; their layout is still that of version 1."""
         return f"{self.prefix}:1:channel:{{{channel}}}"
+
+    def openings(self, channel: str, version: int) -> str:
+        """List of the connections that wait in a normal channel, from interface servers that speak ``version``."""
+        return f"{self.prefix}:{version}:channel:{{{channel}}}"
 
     def link(self, process: str) -> str:
         """List of link blobs for a process."""

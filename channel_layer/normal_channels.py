@@ -61,6 +61,7 @@ class _ChannelReader:
     """The reader of one channel. Its task ends when it is closed."""
 
     __slots__ = (
+        "_keys",
         "idle",
         "idle_since",
         "is_closing",
@@ -74,8 +75,9 @@ class _ChannelReader:
         "waiters",
     )
 
-    def __init__(self, key: str, reader: BlockingReader) -> None:
-        self.key = key
+    def __init__(self, keys: tuple[str, ...], reader: BlockingReader) -> None:
+        self.key = keys[0]
+        self._keys = keys
         self.reader = reader
         # Longest waiting first; bounded by the callers.
         self.waiters: deque[_Waiter] = deque()
@@ -92,6 +94,12 @@ class _ChannelReader:
         self.is_closing = False
         self.task: asyncio.Task[None] | None = None
 
+    def next_keys(self) -> tuple[str, ...]:
+        """The lists to read; the first one that holds something is served, so they take turns in being the first."""
+        keys = self._keys
+        self._keys = (*keys[1:], keys[0])
+        return keys
+
     def wake(self) -> None:
         if self.idle is not None and not self.idle.done():
             self.idle.set_result(None)
@@ -101,11 +109,17 @@ class NormalChannels:
     """The readers of a process's normal channels, on its loop."""
 
     def __init__(
-        self, broker: Broker, loop: asyncio.AbstractEventLoop, *, key_of: Callable[[str], str], expiry_s: float
+        self,
+        broker: Broker,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        keys_of: Callable[[str], tuple[str, ...]],
+        expiry_s: float,
     ) -> None:
+        """``keys_of`` a channel: the lists that it is read from, in one slot; what returns goes to the first one."""
         self._broker = broker
         self._loop = loop
-        self._key_of = key_of
+        self._keys_of = keys_of
         self._expiry_ms = int(expiry_s * 1000)
         self._readers: dict[str, _ChannelReader] = {}
         # Tasks of readers that are being closed, to wait for them in close().
@@ -171,7 +185,7 @@ class NormalChannels:
             raise BrokerUnavailable(f"channel {channel!r} cannot be read: the channel layer was closed")
         state = self._readers.get(channel)
         if state is None:
-            state = self._readers[channel] = _ChannelReader(self._key_of(channel), self._broker.open_reader())
+            state = self._readers[channel] = _ChannelReader(self._keys_of(channel), self._broker.open_reader())
             state.task = self._loop.create_task(self._run(state))
         return state
 
@@ -232,7 +246,7 @@ class NormalChannels:
                         count = min(_READ_COUNT_MAX, sum(waiter.count for waiter in state.waiters))
                         state.is_reading = True
                         try:
-                            taken = await state.reader.pop((state.key,), count)
+                            taken = await state.reader.pop(state.next_keys(), count)
                         finally:
                             state.is_reading = False
                         failures = 0

@@ -14,7 +14,7 @@ import msgpack
 
 from channel_layer.connection import WINDOW_BYTES, WINDOW_BYTES_MIN
 from channel_layer.errors import WireError, repr_short
-from channel_layer.frames import WIRE_VERSION
+from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS
 
 __all__ = ["FIRST_BODY_BYTES_MAX", "NO_BODY", "NO_BODY_ENCODED", "Opening", "decode_opening", "encode_opening"]
 
@@ -43,6 +43,7 @@ class Opening:
     application's first receive() (``Expect: 100-continue``); ``window_bytes`` is the window of the connection, each
     way: the interface server's setting, so that the two ends cannot disagree. ``is_handover``: the connection had an
     owner, and looks for another; then ``scope`` holds the type only, and no headers; all else comes with ADOPT.
+    ``version`` is the wire that the interface server speaks: it gets no frames that are newer.
     """
 
     interface: str
@@ -54,13 +55,14 @@ class Opening:
     tell_receiving: bool = False
     window_bytes: int = WINDOW_BYTES
     is_handover: bool = False
+    version: int = WIRE_VERSION
 
 
 def encode_opening(opening: Opening) -> bytes:
     """Encode an opening; the scope was built by us of ASGI types only and is not checked again."""
     return _pack(
         [
-            WIRE_VERSION,
+            opening.version,
             opening.interface,
             opening.connection,
             opening.epoch,
@@ -80,9 +82,11 @@ def decode_opening(data: bytes) -> Opening:
         fields = msgpack.unpackb(data, raw=False)
     except Exception as error:  # msgpack raises half a dozen unrelated types
         raise WireError(f"opening of {len(data)} bytes is not msgpack: {error}") from error
-    if not isinstance(fields, list) or len(fields) < 9 or fields[0] != WIRE_VERSION:
-        raise WireError(f"opening is not an array of version {WIRE_VERSION}: {repr_short(fields)}")
-    _, interface, connection, epoch, reply_channel, scope, first_event, tell_receiving, window_bytes = fields[:9]
+    if not isinstance(fields, list) or len(fields) < 9 or fields[0] not in (WIRE_VERSION, WIRE_VERSION_PREVIOUS):
+        raise WireError(
+            f"opening is not an array of version {WIRE_VERSION_PREVIOUS} or {WIRE_VERSION}: {repr_short(fields)}"
+        )
+    version, interface, connection, epoch, reply_channel, scope, first_event, tell_receiving, window = fields[:9]
     is_handover = len(fields) > 9 and fields[9] is True
     if (
         type(interface) is not str
@@ -92,8 +96,8 @@ def decode_opening(data: bytes) -> Opening:
         or type(scope) is not dict
         or not (first_event is None or type(first_event) is bytes)
         or type(tell_receiving) is not bool
-        or type(window_bytes) is not int
-        or window_bytes < WINDOW_BYTES_MIN
+        or type(window) is not int
+        or window < WINDOW_BYTES_MIN
     ):
         raise WireError(f"opening has malformed fields: {repr_short(fields[:5])}")
     return Opening(
@@ -104,6 +108,7 @@ def decode_opening(data: bytes) -> Opening:
         scope=scope,
         first_event=first_event,
         tell_receiving=tell_receiving,
-        window_bytes=window_bytes,
+        window_bytes=window,
         is_handover=is_handover,
+        version=version,
     )

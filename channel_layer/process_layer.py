@@ -32,7 +32,7 @@ from channel_layer.codec import decode_event, encode_message
 from channel_layer.crossing import call_on
 from channel_layer.encryption import Cipher, Refused, Undecryptable, build_refusal
 from channel_layer.errors import BrokerUnavailable, ChannelFull, InvalidName, MessageTooLarge, WireError
-from channel_layer.frames import Frame, FrameKind, build_group_answer
+from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS, Frame, FrameKind, build_group_answer
 from channel_layer.group_requests import GroupRequests
 from channel_layer.group_sender import OUTAGE_WAIT_S, GroupSender, GroupSenderStatistics
 from channel_layer.groups import RENEWAL_INTERVAL_S, Groups, GroupsStatistics
@@ -94,6 +94,8 @@ _GROUP_FRAMES: Final = frozenset(
     map(int, (FrameKind.GROUP_SEND, FrameKind.GROUP_ADD, FrameKind.GROUP_DISCARD, FrameKind.GROUP_ANSWER))
 )
 _UNDECRYPTABLE_LOG_INTERVAL_S: Final = 1.0
+# In front of the name of a channel that is read for its openings; no name begins with it.
+_OPENINGS_MARK: Final = "@"
 # Keys deleted at once by flush(), and keys that one SCAN looks at.
 _FLUSH_PORTION: Final = 500
 
@@ -177,12 +179,14 @@ class RedisProcessLayer(ChannelsBackend):
         cipher: Cipher | None = None,
         notices: tuple[str | None, str | None] = (None, None),
         version: str = "",
+        wire_version: int = WIRE_VERSION,
     ) -> None:
         """Raises ValueError and TypeError for what no layer can be made of; the text names it.
 
         ``group_expiry`` ends memberships of normal channels only: others end with their process. ``outage_wait_s``
         is how long send(), group_send() and group_add() wait for a broker that is away. ``cipher`` has the
         keys of every process of the deployment; without, nothing is encrypted. ``notices``: see announce_outages().
+        ``wire_version`` is the one for openings to be written in; up to that one they are read.
         """
         self.extensions = ["groups", "flush"]
         self.url = url
@@ -195,6 +199,7 @@ class RedisProcessLayer(ChannelsBackend):
         self._opening_expiry_ms = int(opening_expiry_s * 1000)
         self._outage_wait_s = outage_wait_s
         self._version = version
+        self._wire_version = wire_version
         self.keys = Keys(prefix)
         self.cipher = cipher if cipher is not None else Cipher()
         self._notices = {notices} - {(None, None)}  # a few: one for each layer of an application that asks for others
@@ -206,12 +211,12 @@ class RedisProcessLayer(ChannelsBackend):
         # this epoch (0: any). For one that does not, group_add is a no-op and leaves nothing behind.
         self.owns_channel: Callable[[str, int], bool] = lambda channel, epoch: True
         self._broker = Broker(url, client_name=f"trunkline:{self.process_id}", generation_key=self.keys.generation)
+        self._inbox_key = self.keys.mail(self.process_id)  # where that is, there is all of the inbox
         self._parts: _Parts | None = None  # present from start() to stop()
         # Peers found dead, with the time; see _DEAD_REMEMBERED_S.
         self._dead: dict[str, float] = {}
         # What the broker had refused at the last look, while there are suspects.
         self._refusal_count: int | None = None
-        self._inbox_key = self.keys.mail(self.process_id)  # where that is, there is all of the inbox
         # When the newest message to ourselves left that has come back (probe()); None: none has yet.
         self.proved_at: float | None = None
         self._was_reachable = False
@@ -289,7 +294,7 @@ class RedisProcessLayer(ChannelsBackend):
             local=LocalChannels(
                 capacities=self._capacities, expiry_s=self.expiry, loop=loop, abandoned=self._abandoned
             ),
-            normal=NormalChannels(self._broker, loop, key_of=self.keys.normal, expiry_s=self.expiry),
+            normal=NormalChannels(self._broker, loop, keys_of=self._keys_to_read, expiry_s=self.expiry),
             groups=groups,
             sender=GroupSender(
                 process_id=self.process_id,
@@ -581,7 +586,7 @@ class RedisProcessLayer(ChannelsBackend):
         before, after = self.keys.lease("*").split("*")
         leases = await self._find_keys(f"{prefix}{before.removeprefix(self.prefix)}*{after}")
         processes = {key.removeprefix(before).removesuffix(after) for key in leases} - {self.process_id}
-        for pattern in (f"{prefix}:1:channel:*", f"{prefix}:1:inbox:*:mail", f"{prefix}:group:*"):
+        for pattern in (f"{prefix}:[0-9]*:channel:*", f"{prefix}:1:inbox:*:mail", f"{prefix}:group:*"):
             found = await self._find_keys(pattern)
             # One key a command: they are in different slots of a Cluster.
             for start in range(0, len(found), _FLUSH_PORTION):
@@ -638,10 +643,18 @@ class RedisProcessLayer(ChannelsBackend):
 
     # Openings
 
+    def _keys_to_read(self, name: str) -> tuple[str, ...]:
+        """The lists behind a name of NormalChannels."""
+        if not name.startswith(_OPENINGS_MARK):
+            return (self.keys.normal(name),)
+        channel = name.removeprefix(_OPENINGS_MARK)
+        versions = range(self._wire_version, WIRE_VERSION_PREVIOUS - 1, -1)
+        return tuple(self.keys.openings(channel, version) for version in versions)
+
     def push_opening(self, channel: str, opening: bytes, *, exempt: bool = False) -> Stored:
         """See base.ProcessLayer."""
         return self._started().writer.push_element(
-            self.keys.normal(channel),
+            self.keys.openings(channel, self._wire_version),
             opening,
             capacity=-1 if exempt else self._opening_capacity,
             expiry_ms=self._opening_expiry_ms,
@@ -651,7 +664,7 @@ class RedisProcessLayer(ChannelsBackend):
     async def take_openings(self, channel: str, count: int) -> list[bytes]:
         """See base.ProcessLayer. Waits through outages of the broker."""
         while True:
-            elements = await self._started().normal.take(channel, count)
+            elements = await self._started().normal.take(_OPENINGS_MARK + channel, count)
             openings: list[bytes] = []
             for element in elements:
                 try:
@@ -665,13 +678,13 @@ class RedisProcessLayer(ChannelsBackend):
 
     async def find_openings(self, channel: str, elements: Sequence[bytes]) -> list[bool]:
         """See base.ProcessLayer."""
-        key = self.keys.normal(channel)
+        key = self.keys.openings(channel, self._wire_version)
         positions = await asyncio.gather(*[self._broker.call("LPOS", key, element) for element in elements])
         return [position is not None for position in positions]
 
     async def remove_opening(self, channel: str, element: bytes) -> bool:
         """See base.ProcessLayer."""
-        return bool(await self._broker.call("LREM", self.keys.normal(channel), 1, element))
+        return bool(await self._broker.call("LREM", self.keys.openings(channel, self._wire_version), 1, element))
 
     # Groups
 

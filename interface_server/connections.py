@@ -22,7 +22,15 @@ from typing import Any, ClassVar, Final, Protocol
 from channel_layer.base import ProcessLayer, Stored
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.errors import BrokerUnavailable, ChannelFull
-from channel_layer.frames import Frame, FrameKind, Outcome, build_closed, build_released
+from channel_layer.frames import (
+    SINCE_VERSION_2,
+    WIRE_VERSION,
+    Frame,
+    FrameKind,
+    Outcome,
+    build_closed,
+    build_released,
+)
 from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, Opening, encode_opening
 from interface_server.broadcast import Broadcast, BroadcastMemory, BroadcastMemoryStatistics, FanOut, FanOutStatistics
 from interface_server.client import Client, Refusal
@@ -104,7 +112,11 @@ class Connections:
         self._watch = OpeningsWatch(queue_timeout_s=settings.queue_timeout_s)
         self._watch_timer: Timer | None = None
         self._watch_period_s = min(1.0, settings.queue_timeout_s / 4)
+        self._readers = self._READERS
         self.handover_mode = HandoverMode(settings.handover)
+        if settings.wire_version < WIRE_VERSION:  # and does as a release that knows no more
+            self._readers = {k: read for k, read in self._READERS.items() if k not in SINCE_VERSION_2}
+            self.handover_mode = HandoverMode.NEVER
         self._moves: Moves[ClientConnection] = Moves(timeout_s=settings.handover_timeout_s)
         self._moves_timer: Timer | None = None
         self._calls: set[asyncio.Future[Any]] = set()  # calls of the broker under way; asyncio keeps weak references
@@ -212,6 +224,7 @@ class Connections:
                 first_event=encoded,
                 tell_receiving=tell_receiving,
                 window_bytes=self.settings.window_bytes,
+                version=self.settings.wire_version,
             )
         )
         maximum = self.settings.connections_max
@@ -243,7 +256,7 @@ class Connections:
                 else:
                     self._answer_closed(peer, frame[1], frame[2])
             else:
-                reader = self._READERS.get(kind)
+                reader = self._readers.get(kind)
                 if reader is None:
                     self._dropped_count[f"frame {kind}"] += 1
                 else:

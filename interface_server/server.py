@@ -29,7 +29,7 @@ from channel_layer.process_life import ProcessLife, StatusPipe, WrongInput, fail
 from interface_server import event_loop
 from interface_server.access_log import AccessLog
 from interface_server.connections import Connections, ConnectionsStatistics
-from interface_server.listening import Listener, describe, describe_all, open_listeners
+from interface_server.listening import Listener, adopt, describe, describe_all, open_listeners
 from interface_server.settings import InterfaceSettings
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def _build_layer(settings: InterfaceSettings) -> RedisProcessLayer:
             # A little longer than we wait, so that we remove an opening before the broker's clock does.
             opening_expiry_s=settings.queue_timeout_s + _OPENING_EXPIRY_MARGIN_S,
             cipher=Cipher(read_keys(settings.encryption_keys)),
+            wire_version=settings.wire_version,
         )
     except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with
         raise WrongInput(str(error)) from error
@@ -234,7 +235,7 @@ class InterfaceServer:
             from interface_server.tls import wrap_factory
 
             factory = wrap_factory(factory, tls, self._reactor)
-        self._ports.append(self._reactor.adoptStreamPort(listening.fileno(), listening.family, factory))
+        self._ports.append(adopt(self._reactor, listening, factory))
         where = describe(listening, tls=tls is not None)
         _LOGGER.info("interface server %s accepts on %s", self._layer.process_id, where)
 

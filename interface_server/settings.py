@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from channel_layer.connection import EVENT_BYTES_MAX
+from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS
 from interface_server.endpoints import parse_endpoint
 
 __all__ = ["InterfaceSettings"]
@@ -33,6 +34,8 @@ class InterfaceSettings:
     prefix: str = "trunkline"  # separates deployments that share a broker
     # Keys, or "@" and a file of them (encryption.read_keys); the first encrypts, each decrypts. Without: plain text.
     encryption_keys: tuple[str, ...] = field(default=(), repr=False)
+    # The version of the wire between the halves; the previous one, too: see docs/deployment.md.
+    wire_version: int = WIRE_VERSION
     # How long a new connection waits for a broker that is away; then 503 (close 1013).
     broker_wait_s: float = 5.0
 
@@ -128,6 +131,10 @@ class InterfaceSettings:
     hang_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
+        if not WIRE_VERSION_PREVIOUS <= self.wire_version <= WIRE_VERSION:
+            raise ValueError(
+                f"wire_version is {self.wire_version}, must be {WIRE_VERSION_PREVIOUS} or {WIRE_VERSION}"
+            )
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}, must be 0 to 65535")
         if not 0 <= self.admin_port <= 65535:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from channel_layer.encryption import read_keys
+from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS
 
 __all__ = ["OPTIONS", "Option", "UsageError", "build_parser", "parse", "render_flags", "render_secrets"]
 
@@ -151,6 +152,13 @@ OPTIONS: Final[tuple[Option, ...]] = (
         secret=True,
         help="encrypt what goes through the broker: a key, or @FILE of one key a line; may be repeated: the first "
         "encrypts, each decrypts. Better as a variable: other users can read command lines",
+    ),
+    Option(
+        flag="wire-version",
+        commands=ALL,
+        convert=_integer(WIRE_VERSION_PREVIOUS, WIRE_VERSION),
+        metavar="N",
+        help=f"version of what goes between the halves, for upgrades ({WIRE_VERSION}, or {WIRE_VERSION_PREVIOUS})",
     ),
     # Sockets
     Option(flag="host", commands=SOCKETS, help="address to listen on (127.0.0.1)"),

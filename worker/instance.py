@@ -44,6 +44,7 @@ from channel_layer.enums import quick
 from channel_layer.frames import (
     STATE_COMMIT,
     STATE_NOTIFY,
+    WIRE_VERSION_PREVIOUS,
     FrameKind,
     Outcome,
     build_answer,
@@ -139,6 +140,7 @@ class Instance:
         "_latest_state",
         "_link",
         "_loop",
+        "_may_answer",
         "_moved",
         "_moving",
         "_outcome",
@@ -195,6 +197,7 @@ class Instance:
         self._is_cancelled = False  # by us: so its CancelledError is no error
         self._is_shut_down = False  # the worker stops
         self._is_claimed = False  # CLAIM has left, or what takes its place
+        self._may_answer = opening.version > WIRE_VERSION_PREVIOUS  # else its interface server knows no ANSWER
         # A whole response that may still become an ANSWER: its start and its body.
         self._answer: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._is_held = True  # False: the interface server holds this connection no more, nothing is answered
@@ -543,7 +546,7 @@ class Instance:
         if not events:  # a held http.response.start, or what follows a complete response
             return
         if not self._is_claimed:
-            if sent.state is State.COMPLETE and _is_short_answer(events):
+            if sent.state is State.COMPLETE and self._may_answer and _is_short_answer(events):
                 self._answer = events
                 return
             self.claim()

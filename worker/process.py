@@ -690,6 +690,7 @@ def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:
             prefix=settings.prefix,
             role="worker",
             cipher=Cipher(read_keys(settings.encryption_keys)),
+            wire_version=settings.wire_version,
         )
     except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with
         raise WrongInput(str(error)) from error

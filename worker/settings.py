@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from channel_layer.errors import InvalidName
+from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS
 from channel_layer.names import check_channel_name, process_of
 
 __all__ = [
@@ -44,6 +45,8 @@ class WorkerSettings:
     prefix: str = "trunkline"  # separates deployments that share a broker
     # Keys, or "@" and a file of them (encryption.read_keys); the first encrypts, each decrypts. Without: plain text.
     encryption_keys: tuple[str, ...] = field(default=(), repr=False)
+    # The version of the wire between the halves; the previous one, too: see docs/deployment.md.
+    wire_version: int = WIRE_VERSION
 
     # The application.
     application: str  # "module:attribute"
@@ -89,6 +92,10 @@ class WorkerSettings:
         for name in ("close_timeout_s", "drain_timeout_s", "lifespan_shutdown_timeout_s", "hang_timeout_s"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be 0 or more")
+        if not WIRE_VERSION_PREVIOUS <= self.wire_version <= WIRE_VERSION:
+            raise ValueError(
+                f"wire_version is {self.wire_version}, must be {WIRE_VERSION_PREVIOUS} or {WIRE_VERSION}"
+            )
         if not 0 <= self.admin_port <= 65535:
             raise ValueError(f"admin_port is {self.admin_port}, must be 0 to 65535")
         if not self.channels or len(set(self.channels)) < len(self.channels):

@@ -136,7 +136,7 @@ def test_a_blob_arrives_as_it_was(
     expected = Blob(kind, source, stream, sequence, ack_stream, ack, [fields for _, fields in chosen])
     assert decode_blob(data) == expected
     # The array's head is put together by hand; it is what msgpack would have written.
-    head = [frames.WIRE_VERSION, kind, source, stream, sequence, ack_stream, ack]
+    head = [frames.BLOB_VERSION, kind, source, stream, sequence, ack_stream, ack]
     assert data == msgpack.packb([*head, [fields for _, fields in chosen]])
 
 

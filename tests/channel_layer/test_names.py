@@ -140,6 +140,8 @@ def test_both_lists_of_an_inbox_are_in_one_slot() -> None:
 def test_what_an_old_process_pops_carries_the_version() -> None:
     keys = Keys("p")
     assert keys.normal("c") == "p:1:channel:{c}"
+    assert keys.openings("c", 1) == keys.normal("c")
+    assert keys.openings("c", 2) == "p:2:channel:{c}"
     assert keys.link("c").startswith("p:1:")
     assert keys.mail("c").startswith("p:1:")
 

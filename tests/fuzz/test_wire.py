@@ -20,7 +20,7 @@ from channel_layer import mail
 from channel_layer.codec import decode_event, decode_message, encode_message
 from channel_layer.connection import FlowControlError, IncomingEvents, OutgoingEvents
 from channel_layer.errors import WireError
-from channel_layer.frames import WIRE_VERSION, Blob, BlobKind, FrameKind, build_blob, decode_blob
+from channel_layer.frames import BLOB_VERSION, WIRE_VERSION, Blob, BlobKind, FrameKind, build_blob, decode_blob
 from channel_layer.link import Link, LinkSettings
 from channel_layer.links import Links
 from channel_layer.openings import Opening, decode_opening, encode_opening
@@ -70,15 +70,15 @@ FRAMES = st.tuples(KINDS, st.lists(st.one_of(st.integers(0, 5), VALUES), max_siz
 @given(HEAD_FIELDS, st.one_of(st.lists(st.one_of(FRAMES, VALUES), max_size=5), VALUES))
 def test_any_blob(head: list[Any], frames: Any) -> None:
     with contextlib.suppress(WireError):
-        decode_blob(pack([WIRE_VERSION, *head[1:], frames]))
+        decode_blob(pack([BLOB_VERSION, *head[1:], frames]))
 
 
 @BOUNDED
 @given(st.lists(st.one_of(st.sampled_from([True, 0, 1, "i1", b"", {}, {"type": "http"}, 4096]), VALUES), max_size=12))
 def test_any_opening_and_any_letter(fields: list[Any]) -> None:
-    for read in (decode_opening, mail.decode_letter):
+    for version, read in ((WIRE_VERSION, decode_opening), (mail.LETTER_VERSION, mail.decode_letter)):
         with contextlib.suppress(WireError):
-            read(pack([WIRE_VERSION, *fields]))
+            read(pack([version, *fields]))
 
 
 OPENING = Opening(

@@ -12,7 +12,7 @@ import msgpack
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import IncomingEvents, OutgoingEvents
 from channel_layer.errors import BrokerUnavailable
-from channel_layer.frames import Frame, FrameKind, Outcome
+from channel_layer.frames import WIRE_VERSION, Frame, FrameKind, Outcome
 from channel_layer.openings import Opening, encode_opening
 from worker.settings import HTTP_CHANNEL, WEBSOCKET_CHANNEL
 
@@ -54,6 +54,7 @@ def make_opening(
     first: dict[str, Any] | None = None,
     tell_receiving: bool = False,
     window_bytes: int = WINDOW_BYTES,
+    version: int = WIRE_VERSION,
 ) -> Opening:
     return Opening(
         interface=interface,
@@ -64,6 +65,7 @@ def make_opening(
         first_event=encode_event(first) if first is not None else None,
         tell_receiving=tell_receiving,
         window_bytes=window_bytes,
+        version=version,
     )
 
 

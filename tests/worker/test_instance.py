@@ -957,6 +957,13 @@ def answering(data: bytes, *, then: Any = None, headers: Any = ()) -> Any:
     return application
 
 
+async def test_an_interface_server_of_the_release_before_gets_no_frame_that_it_does_not_know() -> None:
+    bench = await run_unclaimed(answering(b"hello"), version=1)
+    bench.instance.claim()
+    kinds = [frame[0] for frame in bench.link.take()]
+    assert kinds == [FrameKind.CLAIM, FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+
+
 async def test_a_whole_short_response_is_the_claim_and_the_end() -> None:
     bench = await run_unclaimed(answering(b"hello", headers=[(b"X-Name", b"value")]))
     assert bench.link.take() == [[int(FrameKind.ANSWER), 1, 1, 200, [[b"x-name", b"value"]], b"hello"]]
