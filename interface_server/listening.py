@@ -13,12 +13,20 @@ import stat
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from interface_server.endpoints import Endpoint, parse_endpoint, render_adopted
 from interface_server.settings import InterfaceSettings
 
-__all__ = ["Listener", "activated_descriptor", "describe", "describe_all", "open_listeners", "open_listening_socket"]
+__all__ = [
+    "Listener",
+    "activated_descriptor",
+    "adopt",
+    "describe",
+    "describe_all",
+    "open_listeners",
+    "open_listening_socket",
+]
 
 _FIRST_DESCRIPTOR: Final = 3  # SD_LISTEN_FDS_START
 
@@ -59,6 +67,32 @@ def open_listeners(settings: InterfaceSettings, environ: Mapping[str, str] = os.
             )
         opened.pop_all()
     return listeners
+
+
+def adopt(reactor: Any, listening: socket.socket, factory: Any) -> Any:
+    """Have Twisted accept from a copy of ``listening``; return its port.
+
+    As adoptStreamPort of its reactors, but that listens again, for 50 connections, and opens a unix socket to
+    everybody (666), whatever whoever made the socket wanted.
+    """
+    from twisted.internet import tcp, unix
+
+    port: Any
+    if listening.family == socket.AF_UNIX:
+        port = unix.Port._fromListeningDescriptor(reactor, listening.fileno(), factory)  # type: ignore[no-untyped-call]
+        path = listening.getsockname()
+        if isinstance(path, str) and path:
+            port.mode = stat.S_IMODE(os.stat(path).st_mode)
+    else:
+        port = tcp.Port._fromListeningDescriptor(reactor, listening.fileno(), listening.family, factory)  # type: ignore[no-untyped-call]
+    port._preexistingSocket = _Listening(fileno=port._preexistingSocket.detach())
+    port.startListening()
+    return port
+
+
+class _Listening(socket.socket):
+    def listen(self, backlog: int = 0) -> None:
+        """It does already."""
 
 
 def describe_all(listeners: Sequence[Listener]) -> str:

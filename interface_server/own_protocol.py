@@ -50,6 +50,7 @@ from interface_server.client import Connection, Refusal
 from interface_server.connections import Connections
 from interface_server.end_watch import EndWatch
 from interface_server.endpoints import parse_endpoint
+from interface_server.listening import adopt
 from interface_server.settings import InterfaceSettings
 from interface_server.transports import buffered_bytes, socket_descriptor
 
@@ -288,7 +289,7 @@ class OwnServer:
 
     def listen(self, listening: sockets.socket, tls: None = None) -> None:
         """Accept from ``listening``, too, which stays the caller's to close."""
-        self._ports.append(self._reactor.adoptStreamPort(listening.fileno(), listening.family, self))
+        self._ports.append(adopt(self._reactor, listening, self))
         name, address = self.protocol.scope_type, listening.getsockname()
         where = f"unix:{address}" if listening.family == sockets.AF_UNIX else f"{address[0]}:{address[1]}"
         _LOGGER.info("interface server %s speaks %s on %s", self._layer.process_id, name, where)

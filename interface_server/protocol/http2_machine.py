@@ -177,8 +177,9 @@ class Http2Machine(H2Connection):
             if self.inbound_flow_control_window < 0:
                 raise  # the window of the whole connection
             code = ErrorCodes.FLOW_CONTROL_ERROR
-        # Nobody else will: it is of no stream any more.
-        self.increment_flow_control_window(frame.flow_controlled_length)
+        if frame.flow_controlled_length:
+            # Nobody else will: it is of no stream any more.
+            self.increment_flow_control_window(frame.flow_controlled_length)
         return self._reset(frame.stream_id, code)
 
     def _receive_rst_stream_frame(self, frame: RstStreamFrame) -> _Result:

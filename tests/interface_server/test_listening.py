@@ -3,10 +3,13 @@
 import os
 import socket
 import stat
+import sys
 
 import pytest
+from twisted.internet.protocol import Factory
+from twisted.internet.testing import MemoryReactor
 
-from interface_server.listening import activated_descriptor, describe, open_listening_socket
+from interface_server.listening import activated_descriptor, adopt, describe, open_listening_socket
 from interface_server.settings import InterfaceSettings
 
 
@@ -101,3 +104,19 @@ def test_a_socket_of_systemd():
     assert activated_descriptor(environ, 12) is None
     with pytest.raises(OSError, match="hands over 2 sockets, expected one"):
         activated_descriptor({"LISTEN_PID": "12", "LISTEN_FDS": "2"}, 12)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o666])
+def test_twisted_leaves_a_socket_as_it_is(tmp_path, mode):
+    """Its own adoption would listen again, for 50 connections, and open a unix socket to everybody."""
+    path = tmp_path / "app.sock"
+    with (
+        listen(host="127.0.0.1", port=0, backlog=321) as tcp,
+        listen(uds=str(path), uds_permissions=f"{mode:o}") as unix,
+    ):
+        ports = [adopt(MemoryReactor(), listening, Factory()) for listening in (tcp, unix)]
+        information = tcp.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+        assert int.from_bytes(information[28:32], sys.byteorder) == 321
+        assert path.stat().st_mode & 0o777 == mode
+        for port in ports:
+            port.socket.close()

@@ -101,8 +101,8 @@ def test_sockets_of_systemd():
     script = (
         "import os, sys\n"
         "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2', LISTEN_FDNAMES='web:admin')\n"
-        "os.dup2(int(sys.argv[1]), 13); os.dup2(int(sys.argv[2]), 14)\n"
-        "os.dup2(13, 3); os.dup2(14, 4)\n"
+        "os.dup2(int(sys.argv[1]), 103); os.dup2(int(sys.argv[2]), 104)\n"
+        "os.dup2(103, 3); os.dup2(104, 4)\n"
         "os.execv(sys.argv[3], sys.argv[3:])\n"
     )
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
