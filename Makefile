@@ -10,7 +10,7 @@ PORT ?= 8000
 # Most tests wait for processes, not for the processor.
 JOBS ?= 3
 
-.PHONY: run test style types tests compose-test autobahn bench format clean
+.PHONY: run test style types tests compose-test autobahn bench conformance format clean
 
 run: $(VENV)/.run  ## start the chat example and print its address
 	$(BIN)/trunkline serve --app-dir examples/chat chat:application --host $(HOST) --port $(PORT) --workers 2
@@ -36,6 +36,10 @@ autobahn: $(VENV)/.dev  ## the Autobahn test suite, with compression; some 20 mi
 # Servers of the comparison and ours in one environment. ARGS="--quick", ARGS="--only http,echo": see bench.py.
 bench: benchmarks/.venv/.installed benchmarks/load  ## measure against Daphne, uvicorn and granian
 	benchmarks/.venv/bin/python benchmarks/bench.py $(ARGS)
+
+# ARGS="--servers trunkline,daphne", ARGS="--only A9,W12": see benchmarks/conformance/__main__.py.
+conformance: benchmarks/.venv/.installed  ## ask Trunkline and four other servers the same questions about ASGI
+	benchmarks/.venv/bin/python -m benchmarks.conformance $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

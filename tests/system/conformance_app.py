@@ -24,7 +24,8 @@ async def application(scope, receive, send):
     arguments = {name: values[0] for name, values in parse_qs(scope["query_string"].decode("latin-1")).items()}
     key = arguments.get("key")
     table = HTTP if scope["type"] == "http" else WEBSOCKET
-    behave = table.get(scope["path"], echo if scope["type"] == "http" else ws_echo)
+    path = scope["path"].removeprefix(scope["root_path"])
+    behave = table.get(path, echo if scope["type"] == "http" else ws_echo)
     if key is None or behave is record:
         await behave(scope, receive, send, arguments)
         return
@@ -167,6 +168,40 @@ async def flood(scope, receive, send, arguments):
         await send({"type": "http.response.body", "body": bytes(65536), "more_body": True})
 
 
+async def linger(scope, receive, send, arguments):
+    """Stays although its client has left."""
+    if "start" in arguments:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"first", "more_body": True})
+    await until_disconnect(receive)
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        RECORDS[arguments["key"]].append("cancelled")
+        raise
+
+
+NOT_ALLOWED = [
+    {"type": "x", "value": float("nan")},
+    {"type": "x", "value": float("-inf")},
+    {"type": "x", "value": 2**63},
+    {"type": "x", "value": {1: "a key that is no str"}},
+    {"type": "x", "value": [object()]},
+    {"type": "x", "value": {"deep": [{"a", "set"}]}},
+]
+ALLOWED = {"type": "x", "value": [None, True, -(2**63), 1.5, "ü", b"\xff", {"a": (1, 2)}]}
+
+
+async def values(scope, receive, send, arguments):
+    """A4, C1: what a message may hold, and what is refused where it is sent."""
+    layer = get_channel_layer()
+    channel = await layer.new_channel()
+    failures = [await failure_of(layer.send(channel, message)) for message in NOT_ALLOWED]
+    failures += [await failure_of(layer.group_send("values", message)) for message in NOT_ALLOWED]
+    await layer.send(channel, ALLOWED)
+    await respond(send, repr((failures, await layer.receive(channel))).encode())
+
+
 async def after_complete(scope, receive, send, arguments):
     """What is received and sent behind a complete response."""
     await respond(send, b"complete")
@@ -203,13 +238,20 @@ INVALID_HTTP = [
     {"type": "http.response.body", "body": b"before the start"},
     {"type": "http.response.start"},
     {"type": "http.response.start", "status": "200"},
+    {"type": "http.response.start", "status": True},
+    {"type": "http.response.start", "status": 2**70},
+    {"type": "http.response.start", "status": 100},
     {"type": "http.response.start", "status": 200, "headers": [("name", "value")]},
     {"type": "http.response.start", "status": 200, "headers": [(b"name", b"a\r\nb: c")]},
     {"type": "http.response.start", "status": 200, "headers": [(b"na me", b"value")]},
     {"type": "http.bogus"},
     {"type": "websocket.send", "text": "x"},
     {"no type": 1},
-    {"type": "http.response.push", "path": "/", "headers": []},  # of an extension that is not offered
+    # Of extensions that are not offered.
+    {"type": "http.response.push", "path": "/", "headers": []},
+    {"type": "http.response.zerocopysend", "file": 1},
+    {"type": "http.response.pathsend", "path": "/etc/hostname"},
+    {"type": "http.response.debug", "info": {}},
 ]
 
 
@@ -248,6 +290,8 @@ HTTP = {
     "/silent": silent,
     "/stream": stream,
     "/flood": flood,
+    "/linger": linger,
+    "/values": values,
     "/after-complete": after_complete,
     "/headers": headers,
     "/sse": sse,

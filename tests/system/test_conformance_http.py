@@ -146,8 +146,9 @@ def test_scope(served, client):
     assert scope["client"] == client.socket.getsockname()
     assert scope["server"] == ("127.0.0.1", served.port)
     assert scope["state"].keys() == {"started"}
-    assert "channel_layer" in scope["extensions"]
-    assert "tls" not in scope["extensions"]  # T1: of TLS connections only
+    # What this connection can have, and nothing else: no tls without TLS (T1), no push, no file descriptors (X2, X3),
+    # no files without the flag (X4), no debug (X7), no trailers for who does not ask for them (X6).
+    assert scope["extensions"].keys() == {"channel_layer", "http.response.early_hint"}
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,13 @@ def test_a_cut_http_1_0_response_is_a_reset(client):
 def test_invalid_events_raise_in_send(client):
     status, _, body = client.get("/invalid")
     assert (status, set(ast.literal_eval(body.decode()))) == (200, {"InvalidEvent"})
+
+
+def test_what_messages_may_hold_is_checked_where_they_are_sent(client):
+    """A4, A5: plain msgpack would let NaN and other keys than str through."""
+    failures, received = ast.literal_eval(client.get("/values")[2].decode())
+    assert failures == ["InvalidMessage"] * 12
+    assert received == {"type": "x", "value": [None, True, -(2**63), 1.5, "ü", b"\xff", {"a": [1, 2]}]}
 
 
 def test_events_behind_a_complete_response(served, client, key):
