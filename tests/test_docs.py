@@ -35,6 +35,7 @@ FOREIGN_FLAGS = {
     *("--ping-interval", "--ping-timeout", "--unix-socket", "--websocket-max-message-size"),
     *("--websocket_connect_timeout", "--websocket_timeout"),  # Daphne
     *("--build", "--profile", "--scale", "--detach"),  # docker compose
+    *("--no-deps", "--no-recreate", "--quiet", "--wait"),  # the same
     "--timeout-graceful-shutdown",  # uvicorn
     "--help",
     "--no-cache-dir",  # pip
