@@ -60,7 +60,8 @@ def test_a_client_that_offers_nothing_gets_nothing(served):
 def test_a_broadcast_reaches_clients_with_every_setting(served):
     settings = [{}, {"compression": None}, offers(server_max_window_bits=9), offers(server_max_window_bits=10)]
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(connect(f"{served.ws_url}/member?group=room", **each)) for each in settings * 5]
+        url = f"{served.ws_url}/member?group=room"
+        clients = [stack.enter_context(connect(url, **each)) for each in settings * 5]
         for client in clients:
             assert client.recv(timeout=10) == "joined"
         with Publisher(served.redis_url) as publisher:
