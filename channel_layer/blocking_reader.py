@@ -268,6 +268,8 @@ class BlockingReader:
 
         A read at another one is over, although that one may not know: it hangs, or was the master before.
         """
+        if self._opening is not None:
+            self._opening.cancel()  # to the server that was there before, perhaps
         connection = self._connection
         if connection is not None and connection.server is not None and connection.server.run_id != run_id:
             connection.give_up(f"{self!r}: another server is the master now")

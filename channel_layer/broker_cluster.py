@@ -126,9 +126,10 @@ class _Ignored:
 class _Detour:
     """What waits until it is known where the slots of a shard are."""
 
-    __slots__ = ("later", "refused")
+    __slots__ = ("later", "refused", "slots")
 
-    def __init__(self) -> None:
+    def __init__(self, slots: frozenset[int]) -> None:
+        self.slots = slots  # that the shard had: what comes for them waits, also when they have a new owner
         self.refused: list[Errand] = []  # answered with MOVED, in this order
         self.later: list[Errand] = []  # called since; UNANSWERED_COMMANDS_MAX
 
@@ -221,15 +222,14 @@ class Cluster:
 
     def start(self, errand: Errand) -> asyncio.Future[Any]:
         """Send an errand where its key is."""
-        shard = self._owner[errand.slot]
-        if self._detours:
-            detour = self._detours.get(shard)
-            if detour is not None:
+        for detour in self._detours.values():
+            if errand.slot in detour.slots:
                 if len(detour.later) < UNANSWERED_COMMANDS_MAX:
                     detour.later.append(errand)
                 else:
                     errand.fail(BrokerUnavailable(f"too many commands wait for the owner of slot {errand.slot}"))
                 return errand.future
+        shard = self._owner[errand.slot]
         connection = shard.connection
         if connection is None:
             errand.fail(shard.lost_reason)
@@ -257,7 +257,7 @@ class Cluster:
             self._moved_count += 1
             detour = self._detours.get(shard)
             if detour is None:
-                detour = self._detours[shard] = _Detour()
+                detour = self._detours[shard] = _Detour(self._slots.get(shard, frozenset()))
                 self._spawn(self._carry_on(shard, detour, redirect))
             detour.refused.append(errand)
         return True
@@ -393,8 +393,7 @@ class Cluster:
         except TimeoutError as error:
             raise BrokerUnavailable(f"node {node[0]}:{node[1]} did not answer") from error
         try:
-            server = connection.server
-            if server is not None and server.info.get("redis_mode") != "cluster":
+            if connection.server is not None and connection.server.mode != "cluster":
                 raise BrokerUnsuitable(
                     f"broker {self._template.at(*node)} is no node of a Redis Cluster: name it with redis:// "
                     "(or switch cluster-enabled on)"

