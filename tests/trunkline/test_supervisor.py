@@ -41,7 +41,7 @@ async def running(supervisor: Supervisor, status: int = 0) -> AsyncIterator[asyn
         async with asyncio.timeout(PATIENCE_S):
             assert await task == status
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.remove_signal_handler(number)
         assert mine(supervisor) == []
 
@@ -218,3 +218,138 @@ async def test_a_second_signal_ends_what_does_not_obey_the_first() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         async with asyncio.timeout(5.0):
             await asyncio.wait((task,))
+
+
+# Replacing workers
+
+
+async def roll(supervisor: Supervisor) -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+    await asyncio.sleep(0)
+
+
+def pids(supervisor: Supervisor) -> list[int]:
+    return [child.process.pid for child in supervisor.children if child.process is not None]
+
+
+async def test_workers_are_replaced_one_by_one_and_there_are_never_fewer(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    # Each says when it is ready and when it is told to end, and takes its time for both.
+    code = (
+        "import os, signal, sys, time\n"
+        f"def say(what): open({str(log)!r}, 'a').write(f'{{what}} {{os.getpid()}}\\n')\n"
+        "def end(*_): say('told'); time.sleep(0.2); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "time.sleep(0.2); say('ready'); os.write(int(os.environ['TRUNKLINE_STATUS_FD']), b'ready\\n'); time.sleep(60)"
+    )
+    supervisor = Supervisor([script(STAYS, role=Role.INTERFACE), script(code), script(code, number=2)])
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        interface, *before = pids(supervisor)
+        await roll(supervisor)
+        await until(lambda: not set(before) & set(pids(supervisor)) and len(mine(supervisor)) == 3)
+        same, *after = pids(supervisor)
+        assert same == interface
+        said = [line.split() for line in log.read_text().splitlines()]
+        assert said[2:] == [
+            ["ready", str(after[0])],
+            ["told", str(before[0])],
+            ["ready", str(after[1])],
+            ["told", str(before[1])],
+        ]
+        # What is there now is kept alive.
+        os.kill(after[0], signal.SIGKILL)
+        await until(lambda: supervisor.children[1].alive and pids(supervisor)[1] != after[0])
+        await until(lambda: supervisor.children[1].is_ready)
+
+
+async def test_a_new_worker_that_cannot_start_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    broken = tmp_path / "broken"
+    code = f"import os, sys; os.path.exists({str(broken)!r}) and sys.exit(2); " + STAYS
+    supervisor = Supervisor([script(code), script(code, number=2)])
+    async with running(supervisor) as task:
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        before = pids(supervisor)
+        broken.touch()
+        await roll(supervisor)
+        await until(lambda: "worker 1 is not replaced" in caplog.text)
+        assert pids(supervisor) == before
+        assert len(mine(supervisor)) == 2
+        assert not task.done()
+        broken.unlink()
+        await roll(supervisor)
+        await until(lambda: "all workers are replaced" in caplog.text)
+        assert not set(before) & set(pids(supervisor))
+
+
+async def test_a_signal_while_workers_are_replaced_replaces_them_once_more(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    supervisor = Supervisor([script(STAYS)])
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        await roll(supervisor)
+        await until(lambda: "replacing 1 worker, one after the other" in caplog.text)
+        await roll(supervisor)
+        await until(lambda: caplog.text.count("all workers are replaced") == 2)
+
+
+async def test_a_process_that_could_not_reach_the_broker_is_tried_again_while_the_command_starts(
+    tmp_path: Path,
+) -> None:
+    tried = tmp_path / "tried"
+    code = (
+        "import os, pathlib, time; fd = int(os.environ['TRUNKLINE_STATUS_FD'])\n"
+        f"marker = pathlib.Path({str(tried)!r})\n"
+        "if not marker.exists():\n"
+        "    marker.touch(); os.write(fd, b'broker-away\\n'); raise SystemExit(1)\n"
+        "os.write(fd, b'ready\\n'); time.sleep(60)"
+    )
+    supervisor = Supervisor([script(code)])
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        assert supervisor.children[0].deaths_in_a_row == 1
+
+
+# Hanging, and health
+
+
+BEATS = (
+    "import os, signal, sys, time; fd = int(os.environ['TRUNKLINE_STATUS_FD'])\n"
+    "while True: os.write(fd, b'{}\\n'); time.sleep(0.05)"
+)
+
+
+async def test_what_says_nothing_for_too_long_is_ended_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor = Supervisor([script(STAYS), script(BEATS.format("ready"), number=2)], hang_timeout_s=0.4)
+    silent, beating = supervisor.children
+    async with running(supervisor):
+        await until(lambda: silent.deaths_in_a_row >= 2)
+        assert beating.deaths_in_a_row == 0
+    assert "worker 1 was ended by SIGABRT; starting another" in caplog.text
+
+
+async def test_the_supervisor_tells_for_each_process_why_it_is_not_ready() -> None:
+    supervisor = Supervisor(
+        [
+            script(BEATS.format("ready http://here"), role=Role.INTERFACE),
+            script("import time; " + READY.replace("ready", "ready\\nwaiting the broker is away") + "time.sleep(60)"),
+        ]
+    )
+    assert supervisor._readiness().status == 503
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        answer = supervisor._readiness()
+        assert (answer.status, answer.content) == (
+            503,
+            {
+                "ready": False,
+                "processes": {"interface server 1": "ready", "worker 1": "the broker is away"},
+            },
+        )
+        worker = supervisor.children[1]
+        assert worker.explain_unready(worker.heard_at + 60) == "says nothing for 60 s"
+        worker.send(signal.SIGKILL)
+        await until(lambda: supervisor._readiness().content["processes"]["worker 1"] == "not running")
