@@ -149,7 +149,7 @@ def the_accept_key(server: Server) -> None:
 
 @probe("W7", MUST, "another version is refused and told which one is spoken (RFC 6455, 4.2.2)")
 def another_version(server: Server) -> None:
-    with server.websocket(WAIT, version="8", accept=False) as client:
+    with server.websocket(WAIT, version="99", accept=False) as client:
         found = client.head()
         demand(400 <= found.status < 500, f"the status is {found.status}")
         check(found.all(b"sec-websocket-version"), [b"13"], "sec-websocket-version")

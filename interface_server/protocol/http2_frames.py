@@ -14,6 +14,7 @@ _HEADER_BYTES: Final = 9
 # RFC 9113 section 4.2: what we announce, and everybody may send.
 _FRAME_BYTES_MAX: Final = 16 * 1024
 _SETTINGS: Final = 4
+_ACK: Final = 1
 
 
 class FrameGate:
@@ -30,7 +31,10 @@ class FrameGate:
         return f"<FrameGate skip={self._skip_bytes} header={self._header!r}>"
 
     def passes(self, data: bytes) -> bool:
-        """False if a frame is too long, or the first one is not SETTINGS (RFC 9113 section 3.4)."""
+        """False if a frame is too long, or the first one is not SETTINGS (RFC 9113 section 3.4).
+
+        An acknowledgement of SETTINGS is too long if it holds anything (section 6.5); h2 has another code for it.
+        """
         position, end = 0, len(data)
         while position < end:
             if self._skip_bytes:
@@ -47,6 +51,8 @@ class FrameGate:
             self._header = b""
             self._skip_bytes = int.from_bytes(header[:3], "big")
             if self._skip_bytes > _FRAME_BYTES_MAX or (self._is_first and header[3] != _SETTINGS):
+                return False
+            if header[3] == _SETTINGS and header[4] & _ACK and self._skip_bytes:
                 return False
             self._is_first = False
         return True

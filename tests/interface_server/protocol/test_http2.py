@@ -265,5 +265,11 @@ def test_frames_are_told_apart_however_they_are_split(step: int) -> None:
     assert [gate.passes(TOO_LONG[at : at + step]) for at in range(0, len(TOO_LONG), step)][-1] is False
 
 
+def test_an_acknowledgement_of_settings_that_holds_something_is_too_long() -> None:
+    gate = FrameGate()
+    assert gate.passes(bytes(24) + b"\0\0\0\4\0\0\0\0\0" + b"\0\0\0\4\1\0\0\0\0")
+    assert not gate.passes(b"\0\0\6\4\1\0\0\0\0" + bytes(6))
+
+
 def test_the_first_frame_is_settings() -> None:
     assert not FrameGate().passes(bytes(24) + LONGEST)
