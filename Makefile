@@ -10,7 +10,7 @@ PORT ?= 8000
 # Most tests wait for processes, not for the processor.
 JOBS ?= 3
 
-.PHONY: run test style types tests compose-test autobahn bench conformance format clean
+.PHONY: run test style types tests compose-test autobahn soak bench conformance format clean
 
 run: $(VENV)/.run  ## start the chat example and print its address
 	$(BIN)/trunkline serve --app-dir examples/chat chat:application --host $(HOST) --port $(PORT) --workers 2
@@ -32,6 +32,10 @@ compose-test: $(VENV)/.dev  ## needs a running Docker engine with Compose v2
 
 autobahn: $(VENV)/.dev  ## the Autobahn test suite, with compression; some 20 minutes
 	$(BIN)/python -m tests.autobahn.run $(ARGS)
+
+# Ten minutes. ARGS="--minutes 2", ARGS="--rolling 5", ARGS="--leaks 100000": see tests/soak/run.py.
+soak: $(VENV)/.dev  ## break everything at random and count what is lost
+	$(BIN)/python -m tests.soak.run $(ARGS)
 
 # Servers of the comparison and ours in one environment. ARGS="--quick", ARGS="--only http,echo": see bench.py.
 bench: benchmarks/.venv/.installed benchmarks/load  ## measure against Daphne, uvicorn and granian

@@ -280,7 +280,7 @@ class Supervisor:
     async def _start_another(self, child: Child, what_happened: str) -> None:
         """Wait, and start a process, until that succeeds."""
         while True:
-            delay_s = min(RESTART_DELAY_S_MAX, RESTART_DELAY_S * 2.0 ** min(child.deaths_in_a_row, 16))
+            delay_s = _restart_delay_s(child.deaths_in_a_row)
             child.deaths_in_a_row += 1
             logger.error("%s %s; starting another in %.1f s", child.spec.title, what_happened, delay_s)
             await asyncio.sleep(delay_s)
@@ -337,22 +337,17 @@ class Supervisor:
     async def _replace(self, old: Child) -> bool:
         """Put a new process into the place of ``old``; False, and ``old`` stays, if it cannot start."""
         new = Child(old.spec)
-        self._passing.add(new)
-        try:
-            await self._spawn(new)
-        except OSError as error:
-            logger.error("%s could not be started: %s", new.spec.title, error)
-            self._passing.discard(new)
-            return False
-        assert new.ready is not None
-        ended = asyncio.create_task(new.wait_ended())
-        try:
-            await asyncio.wait((new.ready, ended), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ended.cancel()
+        self._passing.add(new)  # also while this is cancelled: _stop() ends it
+        while not await self._becomes_ready(new):
+            if not new.is_broker_away:
+                self._passing.discard(new)
+                return False
+            # No fault of the new code: tried again, as a process that runs would try.
+            delay_s = _restart_delay_s(new.deaths_in_a_row)
+            new.deaths_in_a_row += 1
+            logger.warning("no broker for the new %s; trying again in %.1f s", old.spec.title, delay_s)
+            await asyncio.sleep(delay_s)
         self._passing.discard(new)
-        if not new.is_ready:
-            return False
         # From here on ``new`` is the worker; ``old`` is not replaced any more when it ends.
         await self._keep_no_more((old,))
         self.children[self.children.index(old)] = new
@@ -361,6 +356,21 @@ class Supervisor:
         await old.end(signal.SIGTERM, self._stop_timeout_s)
         self._passing.discard(old)
         return True
+
+    async def _becomes_ready(self, new: Child) -> bool:
+        """Start it; False if it ended before it was ready."""
+        try:
+            await self._spawn(new)
+        except OSError as error:
+            logger.error("%s could not be started: %s", new.spec.title, error)
+            return False
+        assert new.ready is not None
+        ended = asyncio.create_task(new.wait_ended())
+        try:
+            await asyncio.wait((new.ready, ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ended.cancel()
+        return new.is_ready
 
     async def _reload_on_change(self) -> None:
         """Replace all workers at once: nobody is to see the old code any more, and nobody waits for its drain."""
@@ -398,6 +408,10 @@ class Supervisor:
             await asyncio.gather(*(child.end(self._stop_signal, self._stop_timeout_s) for child in children))
         if self._broker_child is not None:
             await self._broker_child.end(signal.SIGTERM, BROKER_STOP_TIMEOUT_S)
+
+
+def _restart_delay_s(deaths_in_a_row: int) -> float:
+    return min(RESTART_DELAY_S_MAX, RESTART_DELAY_S * 2.0 ** min(deaths_in_a_row, 16))
 
 
 def _who_stays(number: int) -> str:

@@ -83,7 +83,7 @@ async def record(scope, receive, send, arguments):
     await respond(send, repr(RECORDS[arguments["key"]]).encode())
 
 
-async def show_objects(scope, receive, send, arguments):
+def held_objects():
     """How many objects of each kind that belongs to connections the worker holds, and in which of its tables."""
     gc.collect()
     kinds = Counter(type(thing).__name__ for thing in gc.get_objects())
@@ -91,7 +91,11 @@ async def show_objects(scope, receive, send, arguments):
     held["tasks"] = len(asyncio.all_tasks())
     process = get_channel_layer().epoch_of.__self__
     tables = {name: len(value) for name, value in vars(process).items() if isinstance(value, dict | list | set)}
-    await respond(send, repr(held | tables).encode())
+    return held | tables
+
+
+async def show_objects(scope, receive, send, arguments):
+    await respond(send, repr(held_objects()).encode())
 
 
 async def show_keys(scope, receive, send, arguments):
@@ -246,6 +250,7 @@ INVALID_HTTP = [
     {"type": "http.response.start", "status": 200, "headers": [(b"na me", b"value")]},
     {"type": "http.bogus"},
     {"type": "websocket.send", "text": "x"},
+    {"type": "http.disconnect"},  # asgiref.typing has it among what an application sends: a slip
     {"no type": 1},
     # Of extensions that are not offered.
     {"type": "http.response.push", "path": "/", "headers": []},
@@ -387,6 +392,14 @@ async def ws_wait(scope, receive, send, arguments):
     await send({"type": "websocket.send", "text": "too late"})
 
 
+async def ws_slow_reader(scope, receive, send, arguments):
+    """Receives only after a while, what may have to wait behind the end of the client."""
+    await receive()
+    await send({"type": "websocket.accept"})
+    await asyncio.sleep(0.5)
+    await until_disconnect(receive)
+
+
 async def ws_flood(scope, receive, send, arguments):
     """Sends without end and never receives."""
     await receive()
@@ -436,6 +449,7 @@ WEBSOCKET = {
     "/member": ws_member,
     "/never-accept": ws_never_accept,
     "/wait": ws_wait,
+    "/slow-reader": ws_slow_reader,
     "/flood": ws_flood,
     "/invalid": ws_invalid,
 }

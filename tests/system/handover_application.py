@@ -7,6 +7,7 @@ from pathlib import Path
 
 from channel_layer import get_channel_layer
 from tests.system.applications import query, reply_channel, respond
+from tests.system.conformance_app import held_objects
 
 
 async def application(scope, receive, send):
@@ -20,6 +21,11 @@ async def application(scope, receive, send):
 
 async def pid(scope, receive, send):
     await respond(send, str(os.getpid()).encode())
+
+
+async def objects(scope, receive, send):
+    """What this worker holds, beside its process id."""
+    await respond(send, repr((os.getpid(), held_objects())).encode())
 
 
 async def die(scope, receive, send):
@@ -116,5 +122,5 @@ async def die_before_accept(scope, receive, send):
     await receive()
 
 
-ROUTES = {"/pid": pid, "/die": die, "/count": count_post}
+ROUTES = {"/pid": pid, "/objects": objects, "/die": die, "/count": count_post}
 SOCKETS = {"/counter": counter, "/die": die_before_accept}

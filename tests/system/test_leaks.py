@@ -1,17 +1,22 @@
-"""Thousands of connections that begin and end in every way, and then: nothing is left of them, anywhere."""
+"""Thousands of connections that begin and end in every way, and then: nothing is left of them, anywhere.
+
+``make soak ARGS="--leaks 100000"`` does the same for longer (tests/soak/leaks.py).
+"""
 
 import ast
 import asyncio
 import os
 import random
 import re
+import signal
 import socket
 import struct
 
 import httpx
 import redis
+from websockets.asyncio.client import connect
 
-from tests.system.processes import Served, memory_bytes, wait_until
+from tests.system.processes import Served, is_alive, memory_bytes, wait_until
 
 APP = "tests.system.conformance_app:application"
 MIB = 1024**2
@@ -248,3 +253,111 @@ def test_nothing_is_left_of_connections_that_are_over():
     assert not [line for line in errors if not re.search(r" /(half|fail)\b", line)]
     assert re.search(r"<Connections open=0 known=0 parked=0 openings=0 workers=0 <BroadcastMemory 0 of", told)
     assert re.search(r"<WorkerProcess \w+: 0 http, 0 websocket> stops", told)
+
+
+# Handed over
+
+HANDOVER_APP = "tests.system.handover_application:application"
+HANDED_OVER_EACH = 40
+HANDED_OVER_ROUNDS = 6
+
+
+class TwoWorkers:
+    """A command of two workers: one stays, the other one is ended again and again, and its WebSockets go on."""
+
+    def __init__(self, served):
+        self.served = served
+        self.interface = served.pids("interface server")[0]
+        wait_until(lambda: len(served.pids("worker")) == 2, 20, "two workers run")
+        self.stays = served.pids("worker")[0]
+        self.redis = redis.Redis.from_url(served.redis_url)
+        self.handed_over = 0
+
+    async def one_round(self, number, count=HANDED_OVER_EACH):
+        """Open, end a worker, see that everybody goes on, and leave in several ways; nobody leaves its group."""
+        await asyncio.to_thread(self.wait_for_both)
+        (victim,) = [pid for pid in self.served.pids("worker") if pid != self.stays]
+        url = f"{self.served.ws_url}/counter?group=left{number % 5}"
+        options = ("&commit=1", "&notify=1", "")
+        opening = [connect(url + options[nth % 3], open_timeout=20, ping_interval=None) for nth in range(count)]
+        clients = await asyncio.gather(*opening)
+        owners = await asyncio.gather(*[self.ask(client) for client in clients])
+        os.kill(victim, (signal.SIGTERM, signal.SIGKILL)[number % 2])
+        await asyncio.to_thread(wait_until, lambda: not is_alive(victim), 20, "it ends")
+        assert await asyncio.gather(*[self.ask(client) for client in clients]) != owners
+        self.handed_over += owners.count(victim)
+        for nth, client in enumerate(clients):
+            if nth % 2:
+                await client.close()
+            else:
+                client.transport.abort()
+
+    async def ask(self, client):
+        """The process id of the worker that answers."""
+        await client.send("x")
+        return int((await asyncio.wait_for(client.recv(), 20)).split()[1])
+
+    def wait_for_both(self):
+        """Wait until the one that stays and another one answer, so that the next sockets go to both."""
+        seen = set()
+
+        def answered():
+            seen.add(int(httpx.get(self.served.url + "/pid", timeout=20).text))
+            return {pid for pid in seen if is_alive(pid)} - {self.stays} and self.stays in seen
+
+        wait_until(answered, 30, "both workers answer")
+
+    def look(self):
+        """Everything that must be as before when all connections are over; process ids are of their time."""
+        while True:
+            pid, held = ast.literal_eval(httpx.get(self.served.url + "/objects", timeout=20).text)
+            if pid == self.stays:
+                break
+        return {"keys": self.keys(), "worker": held, "members": self.redis.eval(MEMBERS, 0)}
+
+    def keys(self):
+        """Without process ids. What waited for a process that was killed expires by itself, in a minute."""
+        keys = list(self.redis.scan_iter(count=1000))
+        living = {key.partition(b"{")[2] for key in keys if b":lease:{" in key}
+        found = []
+        for key in keys:
+            process = re.search(rb"\{([iw][a-z0-9]{12}\})", key)
+            if process is None or process[1] in living or self.redis.pttl(key) == -1:
+                found.append(re.sub(rb"\{([iw])[a-z0-9]{12}\}", rb"{\1}", key))
+        return sorted(found)
+
+    def memory(self):
+        return {"interface server": memory_bytes(self.interface), "worker": memory_bytes(self.stays)}
+
+
+MEMBERS = """
+local found = 0
+for _, key in ipairs(redis.call("KEYS", "*")) do
+    if redis.call("TYPE", key).ok == "zset" then found = found + redis.call("ZCARD", key) end
+end
+return found
+"""
+
+
+def test_nothing_is_left_of_connections_that_were_handed_over():
+    with Served(HANDOVER_APP, "--workers", "2", "--no-access-log") as served:
+        household = TwoWorkers(served)
+        household.wait_for_both()
+        before = household.look()
+        descriptors = len(os.listdir(f"/proc/{household.interface}/fd"))
+        asyncio.run(household.one_round(0))
+        asyncio.run(household.one_round(1))
+        memory_before = household.memory()
+        for number in range(HANDED_OVER_ROUNDS):
+            asyncio.run(household.one_round(number))
+        household.wait_for_both()
+        wait_until(lambda: household.look() == before, 20, "everything is as before")
+        assert len(os.listdir(f"/proc/{household.interface}/fd")) < descriptors + 5
+        growth = {role: now - memory_before[role] for role, now in household.memory().items()}
+        assert all(grown < GROWTH_BYTES_MAX for grown in growth.values()), growth
+        assert household.handed_over > HANDED_OVER_EACH
+        household.redis.close()
+        served.stop()
+        told = served.output
+    assert "Traceback" not in told
+    assert re.search(r"<Connections open=0 known=0 parked=0 openings=0 workers=0 ", told)

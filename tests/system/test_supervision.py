@@ -85,3 +85,23 @@ async def application(scope, receive, send):
             with urllib.request.urlopen(url, timeout=20) as answer:
                 assert answer.read() == b"at last"
     assert worker.process.returncode == 0
+
+
+def test_workers_are_replaced_through_an_outage(broker_server, tmp_path):
+    """A broker that is away is no fault of the new code: SIGHUP is not forgotten."""
+    application = """
+async def application(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"VERSION"})
+"""
+    (tmp_path / "rolled.py").write_text(application.replace("VERSION", "one"))
+    flags = ("--lifespan", "off", "--workers", "2", "--redis", broker_server.url)
+    with Served("rolled:application", *flags, cwd=tmp_path) as served:
+        (tmp_path / "rolled.py").write_text(application.replace("VERSION", "two"))
+        broker_server.kill()
+        os.kill(served.process.pid, signal.SIGHUP)
+        served.wait_for("no broker for the new worker 1; trying again", count=2)
+        broker_server.start()
+        served.wait_for("all workers are replaced")
+        with urllib.request.urlopen(served.url, timeout=20) as answer:
+            assert answer.read() == b"two"
