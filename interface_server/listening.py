@@ -10,7 +10,7 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -49,7 +49,7 @@ class Listener:
         return render_adopted(self.socket.fileno(), self.certfile, self.keyfile)
 
 
-def open_listeners(settings: InterfaceSettings, environ: Mapping[str, str] = os.environ) -> list[Listener]:
+def open_listeners(settings: InterfaceSettings) -> list[Listener]:
     """Return all sockets to listen on, one at least. Raises OSError whose text names the address."""
     with contextlib.ExitStack() as opened:
         listeners = []
@@ -61,7 +61,7 @@ def open_listeners(settings: InterfaceSettings, environ: Mapping[str, str] = os.
             )
         for text in settings.endpoints:
             endpoint = parse_endpoint(text)
-            listening = opened.enter_context(_open_endpoint(endpoint, settings, environ))
+            listening = opened.enter_context(_open_endpoint(endpoint, settings))
             listeners.append(
                 Listener(socket=listening, certfile=endpoint.certfile, keyfile=endpoint.keyfile, path=endpoint.path)
             )
@@ -100,10 +100,10 @@ def describe_all(listeners: Sequence[Listener]) -> str:
     return " and ".join(describe(listener.socket, tls=listener.is_tls) for listener in listeners)
 
 
-def _open_endpoint(endpoint: Endpoint, settings: InterfaceSettings, environ: Mapping[str, str]) -> socket.socket:
+def _open_endpoint(endpoint: Endpoint, settings: InterfaceSettings) -> socket.socket:
     fd = endpoint.fd
     if endpoint.domain is not None:
-        fd = _find_activated(endpoint, environ)
+        fd = _find_activated(endpoint)
     listening = open_listening_socket(
         replace(
             settings,
@@ -121,18 +121,23 @@ def _open_endpoint(endpoint: Endpoint, settings: InterfaceSettings, environ: Map
     return listening
 
 
-def _find_activated(endpoint: Endpoint, environ: Mapping[str, str]) -> int:
+def _find_activated(endpoint: Endpoint) -> int:
     """The descriptor of one of systemd's sockets (sd_listen_fds_with_names(3))."""
-    count = int(environ.get("LISTEN_FDS", "0")) if environ.get("LISTEN_PID") == str(os.getpid()) else 0
-    index = endpoint.index
+    # Twisted has read systemd's variables, and removed them, when its parser was imported.
+    from twisted.internet.endpoints import _SystemdParser
+
+    inherited = _SystemdParser._sddaemon
+    descriptors = inherited.inheritedDescriptors()
     if endpoint.name is not None:
-        names = environ.get("LISTEN_FDNAMES", "").split(":")
-        index = names.index(endpoint.name) if endpoint.name in names else count
-    if index is None or index >= count:
+        found = inherited.inheritedNamedDescriptors().get(endpoint.name)
+    else:
+        index = endpoint.index or 0
+        found = descriptors[index] if index < len(descriptors) else None
+    if found is None:
         raise OSError(
-            f"endpoint {endpoint.text!r}: systemd handed over {count} sockets, and this one is not among them"
+            f"endpoint {endpoint.text!r}: systemd handed over {len(descriptors)} sockets, this one is not among them"
         )
-    return _FIRST_DESCRIPTOR + index
+    return int(found)
 
 
 def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
