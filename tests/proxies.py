@@ -21,6 +21,9 @@ class BrokerProxy:
         self.path = target.with_name("proxy.sock")
         self.is_deaf = False  # while True, what the server says is thrown away
         self._server: asyncio.Server | None = None
+        self.hung_count = 0  # bytes that came over connections that hang
+        self._hanging: set[asyncio.StreamReader] = set()
+        self._readers: list[asyncio.StreamReader] = []
         self._clients: list[asyncio.StreamWriter] = []
         self._servers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -49,10 +52,18 @@ class BrokerProxy:
             writer.close()
         self._clients.clear()
 
+    def hang(self) -> None:
+        """Let nothing more through on the connections there are, either way, and close none; new ones work.
+
+        So does a firewall that has forgotten them.
+        """
+        self._hanging.update(self._readers)
+
     async def _accept(self, from_client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         from_server, to_server = await asyncio.open_unix_connection(self.target)
         self._clients.append(to_client)
         self._servers.append(to_server)
+        self._readers += (from_client, from_server)
         for copy in (self._copy(from_client, to_server, False), self._copy(from_server, to_client, True)):
             task = asyncio.get_running_loop().create_task(copy)
             self._tasks.add(task)
@@ -63,7 +74,9 @@ class BrokerProxy:
     ) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await source.read(65536):
-                if not (is_from_server and self.is_deaf):
+                if source in self._hanging:
+                    self.hung_count += len(data)
+                elif not (is_from_server and self.is_deaf):
                     destination.write(data)
         if is_from_server:
             destination.close()

@@ -1,15 +1,14 @@
 """What happens to the broker and the workers during a soak, at random.
 
-Deadly events (a worker is killed, or frozen for longer than a lease) are noticed more than a minute apart: a connection
-that loses two owners within a minute is closed on purpose. All others come at any time, also on top of each other, but
-for two outages of the broker: what is frozen cannot be killed politely.
+Deadly events (a worker is killed, or frozen for longer than a lease) are noticed more than a minute apart: a
+connection that loses two owners within a minute is closed on purpose. All others come at any time, also on top of
+each other, but for two outages of the broker.
 """
 
 import asyncio
 import itertools
 import os
 import random
-import re
 import signal
 
 from tests.system.processes import is_alive
@@ -151,7 +150,5 @@ class Chaos:
         self._rolls += 1
         self._soak.tell("SIGHUP: the workers are replaced, one after the other")
         os.kill(self._served.process.pid, signal.SIGHUP)
-        async with asyncio.timeout(ROLL_TIMEOUT_S):
-            while len(re.findall(ROLLED, self._served.output)) < self._rolls:
-                await asyncio.sleep(0.2)
+        await asyncio.to_thread(self._served.wait_for, ROLLED, ROLL_TIMEOUT_S, self._rolls)
         self._soak.tell("the workers are replaced")

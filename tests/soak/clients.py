@@ -100,7 +100,7 @@ class Broadcasts:
 
 
 class Socket(asyncio.Protocol):
-    """One WebSocket that sends numbered messages and checks all that comes. Closed loop: a burst, then its answers."""
+    """One WebSocket that sends numbered messages and checks all that comes: a burst, then its answers."""
 
     def __init__(self, who, soak):
         self.who = who
@@ -302,7 +302,7 @@ async def download_for_ever(number, soak):
         )
         pid, got = 0, 0
         try:
-            status, headers, reader, writer = await request(soak.port, f"{head}\r\n\r\n".encode())
+            status, headers, reader, writer = await request(soak.port, head.encode())
             try:
                 if status != 200:
                     soak.refused(f"download {number}", status, headers, began_at, is_safe=True)

@@ -140,10 +140,10 @@ async def open_sockets(soak, count):
 async def settle(soak, sockets):
     """Wait until everything has come that is due, and close."""
     deadline = soak.now() + clients.PATIENCE_S
-    while soak.now() < deadline and not all(socket.is_answered for socket in sockets):
-        await asyncio.sleep(0.1)
-    while soak.now() < deadline and any(socket.missing_broadcasts() for socket in sockets):
-        await asyncio.sleep(0.5)
+    waiting = list(sockets)
+    while waiting and soak.now() < deadline:
+        await asyncio.sleep(0.2)
+        waiting = [socket for socket in waiting if not socket.is_answered or socket.missing_broadcasts()]
     for socket in sockets:
         await socket.finish()
 
