@@ -93,6 +93,7 @@ class Supervisor:
         self._stop_requested: asyncio.Event | None = None
         self._stop_signal = signal.SIGTERM  # with what the processes are told to end
         self._roll_requested: asyncio.Event | None = None
+        self._swapping = asyncio.Lock()  # held while ``children`` changes, by SIGHUP or by --reload
         self._background: set[asyncio.Task[None]] = set()  # while RUNNING
 
     def __repr__(self) -> str:
@@ -161,8 +162,11 @@ class Supervisor:
         self._stop_requested.set()
 
     def _hung_up(self, terminal: TerminalWatch) -> None:
+        assert self._stop_requested is not None
         if terminal.is_gone():
-            self._signalled(signal.SIGTERM)
+            # Its shell and the kernel both say so: the second one is nobody's impatience.
+            if not self._stop_requested.is_set():
+                self._signalled(signal.SIGTERM)
             return
         for child in self.children:
             # One that is not ready yet might not expect the signal, and reads the files anyway.
@@ -326,7 +330,8 @@ class Supervisor:
             workers = self._workers()
             logger.info("replacing %d worker%s, one after the other", len(workers), "s" if len(workers) > 1 else "")
             for number, worker in enumerate(workers, start=1):
-                if not await self._replace(worker):
+                # Else a change of the source has replaced it meanwhile.
+                if worker in self.children and not await self._replace(worker):
                     logger.error(
                         "%s is not replaced: the new one could not start; %s", worker.spec.title, _who_stays(number)
                     )
@@ -347,14 +352,19 @@ class Supervisor:
             new.deaths_in_a_row += 1
             logger.warning("no broker for the new %s; trying again in %.1f s", old.spec.title, delay_s)
             await asyncio.sleep(delay_s)
-        self._passing.discard(new)
-        # From here on ``new`` is the worker; ``old`` is not replaced any more when it ends.
-        await self._keep_no_more((old,))
-        self.children[self.children.index(old)] = new
-        self._keep(new)
-        self._passing.add(old)
-        await old.end(signal.SIGTERM, self._stop_timeout_s)
-        self._passing.discard(old)
+        async with self._swapping:
+            if old in self.children:
+                # From here on ``new`` is the worker; ``old`` is not replaced any more when it ends.
+                await self._keep_no_more((old,))
+                self.children[self.children.index(old)] = new
+                self._keep(new)
+                self._passing.discard(new)
+                self._passing.add(old)
+                surplus = old
+            else:  # a change of the source was faster
+                surplus = new
+        await surplus.end(signal.SIGTERM, self._stop_timeout_s)
+        self._passing.discard(surplus)
         return True
 
     async def _becomes_ready(self, new: Child) -> bool:
@@ -378,16 +388,22 @@ class Supervisor:
         while True:
             path = await self._watch.changed()
             logger.warning("%s changed: restarting the workers", path)
-            workers = self._workers()
-            # First the keepers: one that waits to replace a dead worker would start a second one beside ours.
-            await self._keep_no_more(workers)
-            for old in workers:
-                new = Child(old.spec)
-                self.children[self.children.index(old)] = new
-                self._passing.add(old)
-                self._run_in_background(self._hurry(old), f"end {old.spec.title}")
-                await self._spawn(new)
-                self._keep(new)
+            async with self._swapping:
+                workers = self._workers()
+                # First the keepers: one that waits to replace a dead worker would start a second one beside ours.
+                await self._keep_no_more(workers)
+                for old in workers:
+                    new = Child(old.spec)
+                    self.children[self.children.index(old)] = new
+                    self._passing.add(old)
+                    self._run_in_background(self._hurry(old), f"end {old.spec.title}")
+                    try:
+                        await self._spawn(new)
+                    except OSError as error:
+                        title = new.spec.title
+                        logger.error("%s could not be started: %s; waiting for a file to change", title, error)
+                    else:
+                        self._keep(new)
 
     async def _hurry(self, old: Child) -> None:
         """As after Ctrl-C: it takes nothing more at once, and hands over what it can."""

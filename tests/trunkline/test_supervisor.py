@@ -19,6 +19,7 @@ from trunkline import supervisor as module
 from trunkline.broker import EmbeddedBroker
 from trunkline.reload import SourceWatch
 from trunkline.supervisor import ProcessSpec, Role, Supervisor
+from trunkline.terminal import TerminalWatch
 
 PATIENCE_S = 20.0
 READY = "import os, sys, time; os.write(int(os.environ['TRUNKLINE_STATUS_FD']), b'ready\\n'); "
@@ -220,6 +221,28 @@ async def test_a_second_signal_ends_what_does_not_obey_the_first() -> None:
             await asyncio.wait((task,))
 
 
+class Gone(TerminalWatch):
+    def is_gone(self) -> bool:
+        return True
+
+
+async def test_a_closed_terminal_that_is_announced_twice_lets_processes_end_by_themselves(tmp_path: Path) -> None:
+    """By the shell and by the kernel, when it ends."""
+    ended = tmp_path / "ended"
+    code = (
+        f"import pathlib, signal, sys, time\ndef end(*_): time.sleep(0.3); pathlib.Path({str(ended)!r}).touch(); "
+        "sys.exit(0)\nsignal.signal(signal.SIGTERM, end)\n" + STAYS
+    )
+    supervisor = Supervisor([script(code)])
+    async with running(supervisor) as task:
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        supervisor._hung_up(Gone())
+        await until(lambda: supervisor.phase is module.Phase.STOPPING)
+        supervisor._hung_up(Gone())
+        await asyncio.wait((task,), timeout=PATIENCE_S)
+    assert ended.exists()
+
+
 # Replacing workers
 
 
@@ -294,6 +317,47 @@ async def test_a_signal_while_workers_are_replaced_replaces_them_once_more(caplo
         await until(lambda: "replacing 1 worker, one after the other" in caplog.text)
         await roll(supervisor)
         await until(lambda: caplog.text.count("all workers are replaced") == 2)
+
+
+async def test_a_change_of_the_source_while_workers_are_replaced_leaves_one_of_each(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    slow = tmp_path / "slow"
+    code = f"import os, time; os.path.exists({str(slow)!r}) and time.sleep(0.5); " + STAYS
+    watch = Watch()
+    supervisor = Supervisor([script(code), script(code, number=2)], watch=watch)
+    async with running(supervisor) as task:
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        before = pids(supervisor)
+        slow.touch()
+        await roll(supervisor)
+        await until(lambda: len(mine(supervisor)) == 3)
+        watch.change.set()
+        await until(lambda: "all workers are replaced" in caplog.text or task.done())
+        assert not task.done()
+        await until(lambda: len(mine(supervisor)) == 2 and all(child.is_ready for child in supervisor.children))
+        assert not set(before) & set(pids(supervisor))
+
+
+async def test_a_change_of_the_source_that_cannot_start_processes_waits_for_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch()
+    supervisor = Supervisor([script(STAYS)], watch=watch)
+    async with running(supervisor) as task:
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+
+        async def refuse(*command: Any, **options: Any) -> asyncio.subprocess.Process:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio, "create_subprocess_exec", refuse)
+            watch.change.set()
+            await until(lambda: "waiting for a file to change" in caplog.text and mine(supervisor) == [])
+        assert not task.done()
+        watch.change.set()
+        await until(lambda: supervisor.children[0].alive and supervisor.children[0].is_ready)
 
 
 async def test_a_process_that_could_not_reach_the_broker_is_tried_again_while_the_command_starts(
