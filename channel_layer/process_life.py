@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import importlib.metadata
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ __all__ = [
     "StatusPipe",
     "WrongInput",
     "fail",
+    "find_release",
     "unless",
 ]
 
@@ -73,6 +75,14 @@ def fail(error: Exception | str, status: int, *, pipe: StatusPipe) -> int:
         pipe.say(StatusWord.BROKER_AWAY)
     print(f"trunkline: {error}", file=sys.stderr)
     return status
+
+
+def find_release() -> str:
+    """The version of Trunkline, for the lease; "" where it runs without being installed."""
+    try:
+        return importlib.metadata.version("trunkline")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 INTERRUPTED: Final = object()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from channel_layer.encryption import Cipher, read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName
 from channel_layer.process_layer import RedisProcessLayer
-from channel_layer.process_life import ProcessLife, StatusPipe, WrongInput, fail, unless
+from channel_layer.process_life import ProcessLife, StatusPipe, WrongInput, fail, find_release, unless
 from interface_server import event_loop
 from interface_server.access_log import AccessLog
 from interface_server.connections import Connections, ConnectionsStatistics
@@ -116,6 +116,7 @@ def _build_layer(settings: InterfaceSettings) -> RedisProcessLayer:
             # A little longer than we wait, so that we remove an opening before the broker's clock does.
             opening_expiry_s=settings.queue_timeout_s + _OPENING_EXPIRY_MARGIN_S,
             cipher=Cipher(read_keys(settings.encryption_keys)),
+            version=find_release(),
             wire_version=settings.wire_version,
         )
     except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with

@@ -36,7 +36,7 @@ from channel_layer.frames import Frame, FrameKind, build_closed
 from channel_layer.link import GIVEN_UP_REASONS
 from channel_layer.openings import Opening, decode_opening
 from channel_layer.process_layer import RedisProcessLayer
-from channel_layer.process_life import INTERRUPTED, ProcessLife, StatusPipe, WrongInput, fail, unless
+from channel_layer.process_life import INTERRUPTED, ProcessLife, StatusPipe, WrongInput, fail, find_release, unless
 from worker.application import Application, build_application
 from worker.background import BackgroundChannel
 from worker.instance import CURRENT_INSTANCE, Instance, Phase
@@ -690,6 +690,7 @@ def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:
             prefix=settings.prefix,
             role="worker",
             cipher=Cipher(read_keys(settings.encryption_keys)),
+            version=find_release(),
             wire_version=settings.wire_version,
         )
     except (ValueError, InvalidName, ImportError) as error:  # a bad URL, prefix, key; no package to encrypt with

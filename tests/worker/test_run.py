@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import msgpack
 import pytest
 
 from channel_layer.frames import Frame, FrameKind, Outcome, build_grant
+from channel_layer.leases import Lease, decode_lease
 from channel_layer.openings import Opening, encode_opening
 from channel_layer.process_layer import RedisProcessLayer
 from tests.servers import BrokerServer, free_port
@@ -196,6 +198,15 @@ async def test_from_ready_to_a_clean_stop(
     workers.append(worker)
     assert await asyncio.to_thread(worker.wait_ready) == b"ready\n"
     worker.wait_line("lifespan.startup")
+    expected = Lease(role="worker", version=version("trunkline"), load=0, room=20_100)
+    with broker_server.client() as broker:
+
+        def leases() -> list[Lease]:
+            return [decode_lease(broker.get(key)) for key in broker.keys("trunkline:lease:{w*")]
+
+        async with asyncio.timeout(TIMEOUT_S):
+            while leases() != [expected]:  # noqa: ASYNC110 - the lease says it with its next renewal
+                await asyncio.sleep(0.05)
     client = await interface.open(
         make_opening(http_scope("POST"), interface=interface.layer.process_id, first=REQUEST)
     )
