@@ -46,7 +46,10 @@ choice.
 *Demanded* (d) is what the texts demand, *recommended* (r) is what they recommend with a "should", or expect. What
 they leave to the server is not asked. {PASS} done, {FAIL} not done, {NOT_OFFERED} not offered: the row is about an
 option, or came with a newer version of the specification than the server announces (none announced is 2.0). What
-fails is asked again of a new process."""
+fails is asked again of a new process.
+
+The probes were written for Trunkline and are among its tests, so that it does all of them says little; what the
+others do not, says more. A probe that asks what no text says is a fault: tell us."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def write(kinds: Sequence[Kind], probes: Sequence[Probe], results: dict[str, dic
         lines.append("|---|---|---|" + "---|" * len(kinds))
         for probe in mine:
             marks = " | ".join(results[name][probe.name].mark for name in names)
-            lines.append(f"| {probe.row} | {probe.title} | {LEVELS[probe.level][0]} | {marks} |")
+            lines.append(f"| {probe.row} | {probe.title} | {probe.level_letter} | {marks} |")
         lines.append("")
     lines += ["## What was seen instead", ""]
     for name in names:
@@ -177,7 +180,7 @@ def main() -> int:
     print(" " * (width + 9) + "  ".join(kind.name for kind in kinds))
     for probe in probes:
         marks = "  ".join(results[kind.name][probe.name].mark.center(len(kind.name)) for kind in kinds)
-        print(f"{probe.row:4} {LEVELS[probe.level][0]}  {probe.title:{width}}  {marks}")
+        print(f"{probe.row:4} {probe.level_letter}  {probe.title:{width}}  {marks}")
     for level, title in LEVELS.items():
         for kind in kinds:
             passed, failed, absent = totals(results[kind.name], probes, level)

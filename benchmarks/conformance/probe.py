@@ -65,6 +65,11 @@ class Probe:
     def name(self) -> str:
         return self.run.__name__
 
+    @property
+    def level_letter(self) -> str:
+        """As the table writes it: demanded, recommended."""
+        return {MUST: "d", SHOULD: "r"}[self.level]
+
 
 PROBES: list[Probe] = []
 

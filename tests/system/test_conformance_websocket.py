@@ -273,6 +273,19 @@ def test_a_client_that_closes(served, key, payload, code, reason, echoed):
     assert record(served, key) == [CONNECT, told, told, SENT_TOO_LATE]
 
 
+def test_what_a_client_said_before_its_close_comes_first(served, key):
+    """Also when the application receives it long after the client has gone."""
+    with RawClient(served.port, f"/slow-reader?key={key}") as client:
+        client.accepted()
+        words = [b"%d" % number for number in range(100)]
+        client.socket.sendall(b"".join(frame(TEXT, word) for word in words) + frame(CLOSE, struct.pack(">H", 1000)))
+        assert client.close_code() == 1000
+        assert client.rest() == b""
+    events = record(served, key)
+    assert [event["text"].encode() for event in events[1:-1]] == words
+    assert events[-1] == disconnect(1000)
+
+
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_a_client_that_is_lost(served, key, how):
     client = RawClient(served.port, f"/wait?key={key}").accepted()
