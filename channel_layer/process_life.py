@@ -8,7 +8,7 @@
     await life.close()
 
 SIGTERM is what ``docker stop``, Kubernetes and systemd send: it drains. SIGINT is somebody who waits at a terminal:
-it drains, too, but for ``HURRIED_DRAIN_S`` at most. Another signal ends the waiting.
+it drains, too, but for ``HURRIED_DRAIN_S`` at most. Another of these two ends the waiting.
 
 A supervised process reports through a pipe (readiness.py has the words), and whoever hears nothing for --hang-timeout
 ends it. One without a supervisor watches its own loop from a thread. Does not live here: what is served.
@@ -151,7 +151,6 @@ class ProcessLife:
         self.stop = asyncio.Event()
         self.at_once = asyncio.Event()  # wait for nothing any more
         self.is_hurried = False  # the signal was SIGINT
-        self.ailment: str | None = None  # why it cannot serve although the broker answers
         self.beat_count = 0
         self._loop = asyncio.get_running_loop()
         self._admin: AdminServer | None = None
@@ -181,9 +180,10 @@ class ProcessLife:
         if not self.stop.is_set():
             self.is_hurried = number is signal.SIGINT
             self.stop.set()
-        elif number is not signal.SIGTERM or not self._pipe.is_supervised:
+        elif number is signal.SIGINT or (number is signal.SIGTERM and not self._pipe.is_supervised):
             # A supervised process gets SIGTERM twice where systemd sends it to the whole group; a supervisor that has
-            # no more patience sends SIGKILL.
+            # no more patience sends SIGKILL. SIGHUP comes by itself: from systemd behind SIGTERM (SendSIGHUP=), from
+            # shell and kernel when a terminal is closed.
             self.at_once.set()
 
     def drain_timeout_s(self, configured_s: float) -> float:
@@ -221,7 +221,6 @@ class ProcessLife:
             now=self._loop.time(),
             broker_reachable=layer is not None and layer.broker_reachable,
             proved_at=None if layer is None else layer.proved_at,
-            ailment=self.ailment,
         )
 
     def _readiness(self) -> Answer:

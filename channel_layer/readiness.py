@@ -48,18 +48,13 @@ class StatusWord(Enum):
     BROKER_AWAY = "broker-away"
 
 
-def explain_unready(
-    phase: LifePhase, *, now: float, broker_reachable: bool, proved_at: float | None, ailment: str | None = None
-) -> str | None:
+def explain_unready(phase: LifePhase, *, now: float, broker_reachable: bool, proved_at: float | None) -> str | None:
     """Return why a process is not ready, or None if it is.
 
-    ``proved_at`` is when the newest message left that has come back through the broker; ``ailment`` what the process
-    itself knows to be wrong.
+    ``proved_at`` is when the newest message left that has come back through the broker.
     """
     if phase is not LifePhase.SERVING:
         return str(phase.value)
-    if ailment is not None:
-        return ailment
     if not broker_reachable:
         return "the broker does not answer"
     if proved_at is None:

@@ -129,6 +129,9 @@ async def beats(life: ProcessLife, count: int) -> None:
         (False, [signal.SIGINT, signal.SIGINT], True, True),
         (True, [signal.SIGTERM, signal.SIGTERM], False, False),  # of systemd and of the supervisor
         (True, [signal.SIGTERM, signal.SIGINT], False, True),
+        (False, [signal.SIGTERM, signal.SIGHUP], False, False),  # of systemd, with SendSIGHUP=
+        (False, [signal.SIGHUP, signal.SIGHUP], False, False),  # of shell and kernel, when a terminal is closed
+        (False, [signal.SIGHUP, signal.SIGTERM], False, True),
     ],
 )
 async def test_what_signals_mean(
