@@ -37,6 +37,7 @@ from channel_layer.sharding import read_redirect
 if TYPE_CHECKING:
     from channel_layer.broker import Broker
     from channel_layer.broker_shard import BrokerShard
+    from channel_layer.broker_url import BrokerAddress
 
 __all__ = ["BlockingReader", "BlockingReaderStatistics", "ReaderState"]
 
@@ -137,6 +138,7 @@ class BlockingReader:
         self._moving_until = float("-inf")  # loop time; see _MOVING_S
         self._is_popping = False
         self._opening: asyncio.Task[BrokerConnection] | None = None  # runs on when its pop() is cancelled
+        self._opening_to: BrokerAddress | None = None  # None while it waits for the command connection
         self._ending: asyncio.Task[None] | None = None  # runs on when a cancelled pop() is cancelled again
         self._closing: asyncio.Future[None] | None = None  # set by close() while a pop() runs; pop() resolves it
         self._read: _Read | None = None  # the one outstanding read
@@ -268,8 +270,9 @@ class BlockingReader:
 
         A read at another one is over, although that one may not know: it hangs, or was the master before.
         """
-        if self._opening is not None:
-            self._opening.cancel()  # to the server that was there before, perhaps
+        shard = self._shard
+        if self._opening is not None and shard is not None and self._opening_to not in (None, shard.address):
+            self._opening.cancel()  # it may hang, too
         connection = self._connection
         if connection is not None and connection.server is not None and connection.server.run_id != run_id:
             connection.give_up(f"{self!r}: another server is the master now")
@@ -326,7 +329,7 @@ class BlockingReader:
         return opening.result()
 
     def _opened(self, opening: asyncio.Task[BrokerConnection]) -> None:
-        self._opening = None
+        self._opening = self._opening_to = None
         # exception() also marks it as seen: the pop() that started this may be gone, and the next one tries again.
         failed = opening.cancelled() or opening.exception() is not None
         if self._state is ReaderState.CONNECTING:
@@ -338,7 +341,7 @@ class BlockingReader:
         self._fruitless_count += 1
         # First the command connection: it has the checks, it paces the tries, and it kills the ghost.
         await shard.wait_reachable(RECONNECT_WAIT_S)
-        address = shard.address
+        address = self._opening_to = shard.address
         assert address is not None
         try:
             connection = await open_connection(

@@ -70,7 +70,10 @@ _NO_ANSWER: Final = object()
 
 
 class BrokerNotServing(BrokerUnavailable):
-    """The broker answers, but serves no writes at the moment: it loads its data or is a replica."""
+    """The broker answers, but serves no writes at the moment: it loads its data or is a replica.
+
+    The command that got this answer was not carried out.
+    """
 
 
 class WritesRefused(BrokerError):
@@ -340,7 +343,8 @@ class BrokerConnection(asyncio.Protocol):
             return
         if not_serving is not None:
             # Nothing else this broker could answer is of use until it serves again: find that out by reconnecting.
-            self._end(not_serving)
+            # Commands without an answer get another error than those that were refused: they may be carried out.
+            self._end(BrokerUnavailable(str(not_serving)))
 
     def _translate(self, reply: hiredis.ReplyError) -> BrokerError | BrokerUnavailable:
         text = str(reply)

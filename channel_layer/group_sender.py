@@ -2,7 +2,7 @@
 
 What is sent within one tick (and, under load, while the registry is asked) leaves together: one pipeline asks the
 registry about each distinct group once, a second one carries the messages. Lives here: that, in the order of the
-calls. Does not live here: who is a member (groups.py).
+calls, for the groups of each shard of the broker. Does not live here: who is a member (groups.py).
 
 A broker that lost its data has an empty registry until everybody has noticed and registered anew. So each reading of
 the registry is followed by a look at the generation key, and in doubt every process that we have a link with gets
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from channel_layer import mail, scripts
-from channel_layer.broker import Broker
+from channel_layer.broker import Broker, BrokerShard
 from channel_layer.capacity import Capacities
 from channel_layer.errors import BrokerError, BrokerUnavailable
 from channel_layer.frames import build_group_send
@@ -62,16 +62,29 @@ class GroupSenderStatistics:
 class _Sending:
     """One call of group_send."""
 
-    __slots__ = ("encoded", "error", "future", "give_up_at", "group", "unanswered")
+    __slots__ = ("encoded", "error", "future", "give_up_at", "group", "key", "unanswered")
 
-    def __init__(self, group: str, encoded: bytes, future: asyncio.Future[None], give_up_at: float) -> None:
+    def __init__(self, group: str, key: str, encoded: bytes, future: asyncio.Future[None], give_up_at: float) -> None:
         self.group = group
+        self.key = key
         self.encoded = encoded
         self.future = future
         self.give_up_at = give_up_at
         # Letters written and not answered, one more while they are being written.
         self.unanswered = 1
         self.error: Exception | None = None
+
+
+class _Lane:
+    """The calls for the groups of one shard, in their order. A shard that hangs holds up its own only."""
+
+    __slots__ = ("doubt_until", "draining", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[_Sending] = deque()  # _WAITING_BYTES_MAX over all lanes
+        self.draining: asyncio.Task[None] | None = None
+        # Until then the registry may lack processes that have members.
+        self.doubt_until = float("-inf")
 
 
 class GroupSender:
@@ -108,12 +121,9 @@ class GroupSender:
         self._deliver = deliver
         self._link_send = link_send
         self._linked = linked
-        # Until then the registry may lack processes that have members.
-        self._doubt_until = float("-inf")
         self._outage_wait_s = outage_wait_s
-        self._waiting: deque[_Sending] = deque()
+        self._lanes: dict[BrokerShard, _Lane] = {}
         self._waiting_bytes = 0
-        self._draining: asyncio.Task[None] | None = None
         self._sent_count = 0
         self._frame_count = 0
         self._letter_count = 0
@@ -122,11 +132,15 @@ class GroupSender:
         self._failed_count = 0
 
     def __repr__(self) -> str:
-        return f"<GroupSender waiting={len(self._waiting)} sent={self._sent_count}>"
+        return f"<GroupSender waiting={self._waiting_count} sent={self._sent_count}>"
+
+    @property
+    def _waiting_count(self) -> int:
+        return sum(len(lane.waiting) for lane in self._lanes.values())
 
     def statistics(self) -> GroupSenderStatistics:
         return GroupSenderStatistics(
-            waiting=len(self._waiting),
+            waiting=self._waiting_count,
             sent_count=self._sent_count,
             frame_count=self._frame_count,
             letter_count=self._letter_count,
@@ -143,56 +157,67 @@ class GroupSender:
         """
         if self._waiting_bytes + len(encoded) > _WAITING_BYTES_MAX:
             self._failed_count += 1
-            raise BrokerUnavailable(f"{len(self._waiting)} messages to groups wait for the broker already")
-        sending = _Sending(group, encoded, self._loop.create_future(), self._loop.time() + self._outage_wait_s)
-        self._waiting.append(sending)
+            raise BrokerUnavailable(f"{self._waiting_count} messages to groups wait for the broker already")
+        key = self._keys.group(group)
+        lane = self._lane_of(self._broker.shard_of(key))
+        sending = _Sending(group, key, encoded, self._loop.create_future(), self._loop.time() + self._outage_wait_s)
+        lane.waiting.append(sending)
         self._waiting_bytes += len(encoded)
-        if self._draining is None:
-            self._draining = self._loop.create_task(self._drain())
+        if lane.draining is None:
+            lane.draining = self._loop.create_task(self._drain(lane))
         await sending.future
 
-    def data_lost(self) -> None:
-        """The broker has lost its data, and with it the registry."""
-        self._doubt_until = self._loop.time() + _DOUBT_S
+    def data_lost(self, shard: BrokerShard) -> None:
+        """The shard has lost its data, and with it the registry of its groups."""
+        self._lane_of(shard).doubt_until = self._loop.time() + _DOUBT_S
 
     async def close(self) -> None:
-        if self._draining is not None:
-            self._draining.cancel()
-            await asyncio.wait((self._draining,))
-        self._fail(list(self._waiting), BrokerUnavailable("the channel layer was closed"))
-        self._waiting.clear()
+        for lane in self._lanes.values():
+            if lane.draining is not None:
+                lane.draining.cancel()
+                await asyncio.wait((lane.draining,))
+            self._fail(list(lane.waiting), BrokerUnavailable("the channel layer was closed"))
+            lane.waiting.clear()
         self._waiting_bytes = 0
 
-    async def _drain(self) -> None:
-        try:
-            while self._waiting:
-                try:
-                    await self._send_batch()
-                except BrokerUnavailable as error:
-                    await self._wait_for_broker(error)
-        finally:
-            self._draining = None
+    def _lane_of(self, shard: BrokerShard) -> _Lane:
+        lane = self._lanes.get(shard)
+        if lane is None:
+            lane = self._lanes[shard] = _Lane()
+        return lane
 
-    async def _send_batch(self) -> None:
+    async def _drain(self, lane: _Lane) -> None:
+        try:
+            while lane.waiting:
+                try:
+                    await self._send_batch(lane)
+                except BrokerUnavailable as error:
+                    await self._wait_for_broker(lane, error)
+        finally:
+            lane.draining = None
+
+    async def _send_batch(self, lane: _Lane) -> None:
         """Ask about the groups of what waits at the front, then send that. On BrokerUnavailable all still waits."""
         reads: dict[str, asyncio.Future[Any]] = {}
         count = 0
-        for sending in self._waiting:
+        shards: set[BrokerShard] = set()  # one, but for a Cluster whose slots change hands at this moment
+        for sending in lane.waiting:
             if sending.group not in reads:
                 if len(reads) == _GROUPS_MAX:
                     break
-                reads[sending.group] = self._broker.script(
-                    scripts.GROUP_MEMBERS, [self._keys.group(sending.group)], []
-                )
+                reads[sending.group] = self._broker.script(scripts.GROUP_MEMBERS, [sending.key], [])
+                shards.add(self._broker.shard_of(sending.key))
             count += 1
         pending = list(reads.values())
         if self._link_send is not None:
             # Behind the reads: if the data are there now, they were there before. Otherwise data_lost() has been
             # called by the time this goes on.
-            pending.extend(shard.look_for_lost_data() for shard in self._broker.shards)
+            pending.extend(shard.look_for_lost_data() for shard in shards)
         answers = await asyncio.gather(*pending, return_exceptions=True)
         processes: dict[str, Any] = dict(zip(reads, answers, strict=False))
-        if self._link_send is not None and self._loop.time() < self._doubt_until:
+        if self._link_send is not None and any(
+            self._loop.time() < self._lane_of(shard).doubt_until for shard in shards
+        ):
             linked = [process.encode() for process in self._linked()]
             for group, answer in processes.items():
                 if not isinstance(answer, BaseException):
@@ -201,7 +226,7 @@ class GroupSender:
             if isinstance(answer, BrokerUnavailable):
                 raise answer
         for _ in range(count):
-            sending = self._waiting.popleft()
+            sending = lane.waiting.popleft()
             self._waiting_bytes -= len(sending.encoded)
             if sending.future.done():
                 continue
@@ -273,23 +298,25 @@ class GroupSender:
             self._failed_count += 1
             sending.future.set_exception(sending.error)
 
-    async def _wait_for_broker(self, error: BrokerUnavailable) -> None:
+    async def _wait_for_broker(self, lane: _Lane, error: BrokerUnavailable) -> None:
         """Return when the broker may be asked again; fail the calls that have waited long enough."""
         now = self._loop.time()
+        waiting = lane.waiting
         overdue: list[_Sending] = []
-        while self._waiting and (self._waiting[0].give_up_at <= now or self._waiting[0].future.done()):
-            sending = self._waiting.popleft()
+        while waiting and (waiting[0].give_up_at <= now or waiting[0].future.done()):
+            sending = waiting.popleft()
             self._waiting_bytes -= len(sending.encoded)
             overdue.append(sending)
         self._fail(overdue, error)
-        if not self._waiting:
+        if not waiting:
             return
-        if self._broker.reachable:
+        key = waiting[0].key
+        if self._broker.shard_of(key).reachable:
             # Overloaded, or lost this instant: a moment later it is known which.
             await asyncio.sleep(0.05)
             return
         try:
-            await self._broker.wait_reachable(max(0.0, self._waiting[0].give_up_at - now))
+            await self._broker.wait_reachable(max(0.0, waiting[0].give_up_at - now), key)
         except BrokerUnavailable:
             return  # the next read fails at once, and the overdue ones with it
 

@@ -21,10 +21,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final
 
 from channel_layer import scripts
-from channel_layer.broker import Broker
+from channel_layer.broker import Broker, BrokerShard
 from channel_layer.errors import BrokerUnavailable
 from channel_layer.names import Keys
 
@@ -212,16 +213,16 @@ class Groups:
 
     def retry(self) -> None:
         """Register what somebody waits for and nobody registers (a refused or overloaded connection)."""
-        if self._broker.reachable:
-            for group, registration in self._registrations.items():
-                if registration.waiting and not registration.is_pending:
-                    self._register(group, registration)
+        for group, registration in self._registrations.items():
+            if registration.waiting and not registration.is_pending and self._shard_of(group).reachable:
+                self._register(group, registration)
 
-    def broker_restored(self) -> None:
-        """The broker is back, or lost its data: register everything anew, at once."""
+    def broker_restored(self, shard: BrokerShard | None = None) -> None:
+        """The shard is back, or lost its data: register what is there anew, at once. None: all of them."""
         self._remove_more()
-        for registration in self._registrations.values():
-            registration.valid_until = 0.0
+        for group, registration in self._registrations.items():
+            if shard is None or self._shard_of(group) is shard:
+                registration.valid_until = 0.0
         if self._renewing is not None:
             self._renewing.cancel()
             self._renewing = None
@@ -239,17 +240,24 @@ class Groups:
         self._members.clear()
         self._registrations.clear()
         for start in range(0, len(groups), _PORTION):
-            if not self._broker.reachable:
-                return  # the deadlines will do it
-            portion = groups[start : start + _PORTION]
+            # Where the broker is away, the deadlines will do it.
+            portion = [group for group in groups[start : start + _PORTION] if self._shard_of(group).reachable]
             calls = [self._broker.call("ZREM", self._keys.group(group), self._process_id) for group in portion]
             await asyncio.gather(*calls, return_exceptions=True)
 
     # The registry
 
     async def _renew(self) -> None:
-        groups = list(self._registrations)
+        groups_of: dict[BrokerShard, list[str]] = {}
+        for group in self._registrations:
+            groups_of.setdefault(self._shard_of(group), []).append(group)
+        # Each shard at its own pace: one may hang.
+        await asyncio.gather(*[self._renew_at(shard, groups) for shard, groups in groups_of.items()])
+
+    async def _renew_at(self, shard: BrokerShard, groups: list[str]) -> None:
         for start in range(0, len(groups), _PORTION):
+            if not shard.reachable:
+                return  # broker_restored() begins anew
             answers: list[asyncio.Future[Any]] = []
             for group in groups[start : start + _PORTION]:
                 registration = self._registrations.get(group)
@@ -257,8 +265,9 @@ class Groups:
                     answers.append(self._register(group, registration))
             if answers:
                 await asyncio.wait(answers)
-            if not self._broker.reachable:
-                return  # broker_restored() begins anew
+
+    def _shard_of(self, group: str) -> BrokerShard:
+        return self._broker.shard_of(self._keys.group(group))
 
     def _register(self, group: str, registration: _Registration) -> asyncio.Future[Any]:
         registration.is_pending = True
@@ -312,11 +321,12 @@ class Groups:
             self._left[group] = None
 
     def _remove_more(self) -> None:
-        while self._left and self._removing < _PORTION:
-            group = next(iter(self._left))
-            del self._left[group]
-            if group not in self._registrations:  # else somebody has joined again
-                self._remove(group)
+        # Those of a shard that is away may keep others waiting behind them: then the deadlines end these, too.
+        for group in list(islice(self._left, max(0, _PORTION - self._removing))):
+            if self._shard_of(group).reachable:
+                del self._left[group]
+                if group not in self._registrations:  # else somebody has joined again
+                    self._remove(group)
 
 
 def _ignore(error: Exception | None) -> None:

@@ -63,6 +63,14 @@ _TOTALS: Final = tuple(
 )
 
 
+def _everybody(peer: str) -> bool:
+    return True
+
+
+def _nobody(peer: str) -> bool:
+    return False
+
+
 class Links:
     """Sends frames to other processes: each arrives exactly once and in order, or ``peer_ended`` is called.
 
@@ -86,7 +94,9 @@ class Links:
         peer_ready: Callable[[str], None],
         loop: asyncio.AbstractEventLoop,
         settings: LinkSettings | None = None,
+        is_away: Callable[[str], bool] = _nobody,
     ) -> None:
+        """``is_away`` tells whether the broker is away for a peer with whom a link begins."""
         self.process_id = process_id
         self._push = push
         self._pushed = pushed
@@ -111,7 +121,7 @@ class Links:
         self._timer: asyncio.Handle | None = None
         # When it runs. Ours: a timer of uvloop that is due at once has no when().
         self._timer_deadline = float("inf")
-        self._broker_away = False
+        self._is_away = is_away
         # Set by leave(): done when everything is acknowledged.
         self._left: asyncio.Future[None] | None = None
         self._closed = False
@@ -218,18 +228,18 @@ class Links:
         if self._left is not None:
             link.leave()
 
-    def broker_lost(self) -> None:
-        """The broker is away: nothing is pushed, and no deadline counts."""
-        self._broker_away = True
-        for link in self._links.values():
-            link.broker_lost()
+    def broker_lost(self, concerns: Callable[[str], bool] = _everybody) -> None:
+        """The broker is away, for the peers that it concerns: nothing is pushed, and no deadline counts."""
+        for peer, link in self._links.items():
+            if concerns(peer):
+                link.broker_lost()
 
-    def broker_restored(self) -> None:
+    def broker_restored(self, concerns: Callable[[str], bool] = _everybody) -> None:
         """The broker is back: everything unacknowledged is sent again."""
-        self._broker_away = False
         now = self._loop.time()
-        for link in self._links.values():
-            link.broker_restored(now)
+        for peer, link in self._links.items():
+            if concerns(peer):
+                link.broker_restored(now)
         self._all_dirty()
 
     def reader_restored(self) -> None:
@@ -301,7 +311,7 @@ class Links:
             new_id=self._new_id,
             settings=self._settings,
             memory=self._memories.pop(peer, (0, 0)),
-            broker_away=self._broker_away,
+            broker_away=self._is_away(peer),
         )
         return link
 

@@ -15,8 +15,9 @@ monotonic clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Final
 
 __all__ = ["GRACE_S", "SILENCE_S", "Judgement", "Liveness", "LivenessStatistics"]
@@ -46,17 +47,25 @@ class LivenessStatistics:
     cleared_count: int  # suspects that turned out to live
     dead_count: int
 
+    @classmethod
+    def none(cls) -> LivenessStatistics:
+        """Of a process that has nobody to watch."""
+        return cls(suspects=0, suspected_count=0, cleared_count=0, dead_count=0)
+
 
 class Liveness:
-    """Suspects of one process. ``heard_from`` returns when the last blob of a peer came."""
+    """Suspects of one process. ``heard_from`` returns when the last blob of a peer came.
 
-    def __init__(self, heard_from: Callable[[str], float]) -> None:
+    Several that share an inbox share ``tokens``, which number their probes.
+    """
+
+    def __init__(self, heard_from: Callable[[str], float], tokens: Iterator[int] | None = None) -> None:
         self._heard_from = heard_from
+        self._tokens = tokens if tokens is not None else count(1)
         # Suspect -> when it was pinged first.
         self._pinged_at: dict[str, float] = {}
         # Token of a probe on its way -> when it left. A lost one is forgotten with the suspects.
         self._probes: dict[int, float] = {}
-        self._last_token = 0
         # When the newest probe left that has come back: until then our inbox is known to have worked.
         self._proved_until = 0.0
         self._broker_away = False
@@ -135,8 +144,7 @@ class Liveness:
                 dead.append(peer)
         probe = None
         if self._pinged_at:
-            self._last_token += 1
-            probe = self._last_token
+            probe = next(self._tokens)
             self._probes[probe] = now
             if len(self._probes) > _PROBES_MAX:
                 del self._probes[next(iter(self._probes))]

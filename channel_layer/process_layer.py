@@ -6,7 +6,7 @@ start and the end of it all. Does not live here: each part's own work.
     send, receive --> inbox.ListWriter, local_channels, normal_channels      group_* --> groups, group_sender,
     inbox.InboxReader --blobs--> links --frames--> here --> listener                     group_requests
                       +-letters--> here --> groups, local_channels or the owner's delivery
-    leases + liveness: this process lives; who of the others does
+    leases + peer_watch: this process lives; who of the others does
 
 The methods of the public API (base.ChannelLayer) may be called from any loop and thread: they cross over to this
 layer's loop. Everything else is for that loop only. A process of the role ``client`` has no links, and reads an inbox
@@ -19,19 +19,20 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from channel_layer import mail, scripts
 from channel_layer.base import LocalDelivery, Message, ProcessListener, Stored
-from channel_layer.broker import Broker, BrokerChange, BrokerStatistics
+from channel_layer.broker import Broker, BrokerChange, BrokerShard, BrokerStatistics
+from channel_layer.broker_connection import BrokerNotServing
 from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import ChannelsBackend
 from channel_layer.codec import decode_event, encode_message
 from channel_layer.crossing import call_on
 from channel_layer.encryption import Cipher, Refused, Undecryptable, build_refusal
-from channel_layer.errors import BrokerUnavailable, ChannelFull, InvalidName, MessageTooLarge, WireError
+from channel_layer.errors import ChannelFull, InvalidName, MessageTooLarge, WireError
 from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS, Frame, FrameKind, build_group_answer
 from channel_layer.group_requests import GroupRequests
 from channel_layer.group_sender import OUTAGE_WAIT_S, GroupSender, GroupSenderStatistics
@@ -40,7 +41,7 @@ from channel_layer.inbox import InboxReader, InboxStatistics, ListWriter, Writer
 from channel_layer.leases import Lease, LeaseKeeper, encode_lease
 from channel_layer.link import AWAY
 from channel_layer.links import Links, LinksStatistics
-from channel_layer.liveness import Liveness, LivenessStatistics
+from channel_layer.liveness import LivenessStatistics
 from channel_layer.local_channels import LocalChannels, LocalChannelsStatistics
 from channel_layer.mail import LetterKind
 from channel_layer.messages import (
@@ -63,6 +64,7 @@ from channel_layer.names import (
     process_of,
 )
 from channel_layer.normal_channels import NormalChannels, NormalChannelsStatistics
+from channel_layer.peer_watch import PeerWatch
 
 __all__ = ["RedisProcessLayer", "RedisProcessLayerStatistics"]
 
@@ -79,16 +81,10 @@ _LINK_EXPIRY_MS: Final = 60_000
 # Messages to groups are dropped for a peer while more than this waits for it: twice what makes senders that can wait
 # do so (LinkSettings.congested_bytes).
 _GROUP_LINK_BYTES_MAX: Final = 16 * 1024 * 1024
-# How often the leases of our peers are read; oftener while one is missing. With a lease's 2.5 s and the 1.5 s of
-# liveness.py a death is noticed within 5 s.
+# How often what has no event is looked at, where no links set another pace (peer_watch.py).
 _LOOK_INTERVAL_S: Final = 0.5
-_SUSPECT_INTERVAL_S: Final = 0.25
 _SWEEP_INTERVAL_S: Final = 5.0
-# While our own lease has not been renewed for so long, the broker refuses those of others, too (out of memory).
-_OWN_LEASE_LATE_S: Final = 1.5
 _LEAVE_TIMEOUT_S: Final = 2.0
-# A dead process stays registered under its groups until its deadline; nothing is sent to it meanwhile.
-_DEAD_REMEMBERED_S: Final = 75.0
 # Frames that are ours; the listener gets all others. Plain ints: most frames pass here, and comparing enums costs.
 _GROUP_FRAMES: Final = frozenset(
     map(int, (FrameKind.GROUP_SEND, FrameKind.GROUP_ADD, FrameKind.GROUP_DISCARD, FrameKind.GROUP_ANSWER))
@@ -139,7 +135,7 @@ class _Parts:
         sender: GroupSender,
         requests: GroupRequests,
         links: Links | None,
-        liveness: Liveness,
+        watch: PeerWatch | None,
     ) -> None:
         self.loop = loop
         self.listener = listener
@@ -151,7 +147,7 @@ class _Parts:
         self.sender = sender
         self.requests = requests
         self.links = links
-        self.liveness = liveness
+        self.watch = watch  # None: a client, without links
         self.inbox: InboxReader | None = None  # None: a client without a channel of its own
         self.lease: LeaseKeeper | None = None
         self.housekeeping: asyncio.Task[None] | None = None
@@ -213,13 +209,9 @@ class RedisProcessLayer(ChannelsBackend):
         self._broker = Broker(url, client_name=f"trunkline:{self.process_id}", generation_key=self.keys.generation)
         self._inbox_key = self.keys.mail(self.process_id)  # where that is, there is all of the inbox
         self._parts: _Parts | None = None  # present from start() to stop()
-        # Peers found dead, with the time; see _DEAD_REMEMBERED_S.
-        self._dead: dict[str, float] = {}
-        # What the broker had refused at the last look, while there are suspects.
-        self._refusal_count: int | None = None
         # When the newest message to ourselves left that has come back (probe()); None: none has yet.
         self.proved_at: float | None = None
-        self._was_reachable = False
+        self._away: set[BrokerShard] = set()  # as far as everybody was told
         self._absence_count = 0
         self._absences_seen = 0
         self._letter_expired_count = 0
@@ -238,7 +230,13 @@ class RedisProcessLayer(ChannelsBackend):
 
     @property
     def broker_reachable(self) -> bool:
-        return self._broker.reachable
+        """True while our own inbox can be reached; others' and channels may be elsewhere (see broker.py)."""
+        return self._broker.shard_of(self._inbox_key).reachable
+
+    def peer_is_reachable(self, peer: str) -> bool:
+        """False while what we send to ``peer``, or what it answers, may be held up by the broker."""
+        inboxes = self._broker.shard_of(self._inbox_key), self._broker.shard_of(self.keys.mail(peer))
+        return not any(shard.is_suspicious for shard in inboxes)
 
     def statistics(self) -> RedisProcessLayerStatistics:
         """Return what every part holds and has counted. Raises RuntimeError while the layer is not started."""
@@ -254,8 +252,8 @@ class RedisProcessLayer(ChannelsBackend):
             groups=parts.groups.statistics(),
             group_sender=parts.sender.statistics(),
             group_requests_waiting=parts.requests.waiting,
-            liveness=parts.liveness.statistics(),
-            peers_dead=len(self._dead),
+            liveness=LivenessStatistics.none() if parts.watch is None else parts.watch.statistics(),
+            peers_dead=0 if parts.watch is None else parts.watch.dead_count,
             absence_count=self._absence_count,
             letter_expired_count=self._letter_expired_count,
             letter_unknown_count=self._letter_unknown_count,
@@ -276,6 +274,7 @@ class RedisProcessLayer(ChannelsBackend):
         writer = ListWriter(self._broker, loop, self.cipher)
         groups = Groups(process_id=self.process_id, keys=self.keys, broker=self._broker, loop=loop)
         links: Links | None = None
+        watch: PeerWatch | None = None
         if self.role != "client" and listener is not None:
             links = Links(
                 process_id=self.process_id,
@@ -285,6 +284,17 @@ class RedisProcessLayer(ChannelsBackend):
                 peer_ended=self._peer_ended,
                 peer_ready=listener.peer_ready,
                 loop=loop,
+                is_away=lambda peer: not self._broker.shard_of(self.keys.link(peer)).reachable,
+            )
+            watch = PeerWatch(
+                process_id=self.process_id,
+                keys=self.keys,
+                broker=self._broker,
+                links=links,
+                loop=loop,
+                push_probe=self._push_probe,
+                inbox_is_current=self._inbox_is_current,
+                lease_renewed=self._lease_renewed,
             )
         self._parts = _Parts(
             loop=loop,
@@ -320,9 +330,9 @@ class RedisProcessLayer(ChannelsBackend):
                 link_send=None if links is None else links.send,
             ),
             links=links,
-            liveness=Liveness(links.heard_from if links is not None else lambda peer: 0.0),
+            watch=watch,
         )
-        self._was_reachable = True
+        self._away = {shard for shard in self._broker.shards if not shard.reachable}
         self._broker.subscribe(self._broker_changed)
         if self.role != "client":
             self._open_inbox(self._parts)
@@ -339,6 +349,8 @@ class RedisProcessLayer(ChannelsBackend):
         if parts.housekeeping is not None:
             parts.housekeeping.cancel()
             await asyncio.wait((parts.housekeeping,))
+        if parts.watch is not None:
+            await parts.watch.close()
         await parts.sender.close()
         await parts.groups.close()
         if parts.inbox is not None:
@@ -350,10 +362,10 @@ class RedisProcessLayer(ChannelsBackend):
                 await parts.loop.run_in_executor(None, parts.lease.stop)
             except RuntimeError:
                 parts.lease.stop()  # the interpreter is shutting down and starts no threads: nobody minds the wait
-            if self._broker.reachable:
+            if self.broker_reachable:
                 # What is still in the inbox was for a process that is no more.
                 inbox = (self.keys.link(self.process_id), self.keys.mail(self.process_id))
-                await asyncio.gather(self._broker.call("DEL", *inbox), return_exceptions=True)
+                await asyncio.gather(*[self._broker.call("DEL", key) for key in inbox], return_exceptions=True)
         await self._broker.close()
 
     def set_load(self, load: int, room: int) -> None:
@@ -368,15 +380,19 @@ class RedisProcessLayer(ChannelsBackend):
         For health checks: whoever gets its own messages gets those of others. Does nothing while the broker is away.
         """
         parts = self._parts
-        if parts is None or parts.inbox is None or not self._broker.reachable:
-            return
-        parts.writer.push_unasked(
-            self.keys.mail(self.process_id),
+        if parts is not None and parts.inbox is not None and self.broker_reachable:
             # Its time is in its token; below 0, where liveness.py has none.
-            mail.build_probe(-int(parts.loop.time() * 1000)),
-            capacity=-1,
-            expiry_ms=self._expiry_ms,
-        )
+            self._push_probe(-int(parts.loop.time() * 1000))
+
+    def _push_probe(self, token: int) -> None:
+        parts = self._parts
+        if parts is not None:
+            parts.writer.push_unasked(
+                self._inbox_key,
+                mail.build_probe(token),
+                capacity=-1,  # never refused: a full mail is no reason to think that others are dead
+                expiry_ms=self._expiry_ms,
+            )
 
     def _started(self) -> _Parts:
         parts = self._parts
@@ -523,19 +539,32 @@ class RedisProcessLayer(ChannelsBackend):
             else:
                 parts.local.store(channel, encoded)
             return
-        if not self._broker.reachable:
-            await self._broker.wait_reachable(self._outage_wait_s)
         if process is None:
             key, content = self.keys.normal(channel), encoded
         else:
             key, content = self.keys.mail(process), mail.build_message(channel, encoded)
-        await parts.writer.store(
-            key,
-            content,
-            capacity=self._capacities.of(channel),
-            expiry_ms=self._expiry_ms,
-            name=non_local_name(channel),
-        )
+        give_up_at = parts.loop.time() + self._outage_wait_s
+        while True:
+            await self._reach(key)
+            try:
+                await parts.writer.store(
+                    key,
+                    content,
+                    capacity=self._capacities.of(channel),
+                    expiry_ms=self._expiry_ms,
+                    name=non_local_name(channel),
+                )
+            except BrokerNotServing:
+                # Refused, so not stored: a master became a replica, say. Once more, where the new one is.
+                if parts.loop.time() >= give_up_at:
+                    raise
+            else:
+                return
+
+    async def _reach(self, key: str) -> None:
+        """Wait for the shard of ``key``, if it is away. Raises BrokerUnavailable."""
+        if not self._broker.shard_of(key).reachable:
+            await self._broker.wait_reachable(self._outage_wait_s, key)
 
     async def _receive(self, parts: _Parts, channel: str) -> bytes:
         """Return the next message, of a normal channel with its deadline in front."""
@@ -552,8 +581,7 @@ class RedisProcessLayer(ChannelsBackend):
 
     async def _group_add(self, parts: _Parts, group: str, channel: str) -> None:
         process = process_of(channel)
-        if not self._broker.reachable:
-            await self._broker.wait_reachable(self._outage_wait_s)
+        await self._reach(self.keys.group(group) if process in (self.process_id, None) else self.keys.mail(process))
         if process == self.process_id:
             self._open_inbox(parts)
             await parts.groups.add_and_wait(group, channel, self._outage_wait_s)
@@ -572,8 +600,7 @@ class RedisProcessLayer(ChannelsBackend):
         if process == self.process_id:
             parts.groups.discard(group, channel)
             return
-        if not self._broker.reachable:
-            await self._broker.wait_reachable(self._outage_wait_s)
+        await self._reach(self.keys.group(group) if process is None else self.keys.mail(process))
         if process is None:
             await self._broker.call("ZREM", self.keys.group(group), NORMAL_MEMBER_MARK + channel)
         else:
@@ -598,12 +625,14 @@ class RedisProcessLayer(ChannelsBackend):
 
     async def _find_keys(self, pattern: str) -> list[str]:
         keys: set[str] = set()  # SCAN may return a key twice
-        cursor = b"0"
-        while True:
-            cursor, found = await self._broker.call("SCAN", cursor, "MATCH", pattern, "COUNT", _FLUSH_PORTION)
-            keys.update(key.decode() for key in found)
-            if cursor == b"0":
-                return list(keys)
+        for shard in self._broker.shards:
+            cursor = b"0"
+            while True:
+                cursor, found = await shard.call("SCAN", cursor, "MATCH", pattern, "COUNT", _FLUSH_PORTION)
+                keys.update(key.decode() for key in found)
+                if cursor == b"0":
+                    break
+        return list(keys)
 
     def _forget_all(self, parts: _Parts) -> None:
         parts.local.clear()
@@ -636,7 +665,8 @@ class RedisProcessLayer(ChannelsBackend):
 
     def _link_send_to_group(self, peer: str, frame: bytes) -> bool:
         links = self._links()
-        if peer in self._dead or links.queued_bytes(peer) > _GROUP_LINK_BYTES_MAX:
+        watch = self._started().watch
+        if (watch is not None and watch.is_dead(peer)) or links.queued_bytes(peer) > _GROUP_LINK_BYTES_MAX:
             return False
         links.send(peer, frame)
         return True
@@ -792,7 +822,8 @@ class RedisProcessLayer(ChannelsBackend):
         parts = self._parts
         if parts is None or parts.listener is None:
             return
-        parts.liveness.forget(peer)
+        if parts.watch is not None:
+            parts.watch.forget(peer)
         parts.requests.peer_ended(peer)
         parts.listener.peer_ended(peer, reason)
 
@@ -832,8 +863,8 @@ class RedisProcessLayer(ChannelsBackend):
         elif kind == LetterKind.PROBE:
             if fields[0] < 0:
                 self.proved_at = max(-fields[0] / 1000, self.proved_at or 0.0)
-            else:
-                parts.liveness.probe_returned(fields[0])
+            elif parts.watch is not None:
+                parts.watch.probe_returned(fields[0])
         else:
             self._letter_unknown_count += 1
 
@@ -864,24 +895,34 @@ class RedisProcessLayer(ChannelsBackend):
         parts = self._parts
         if parts is None:
             return
-        was_reachable, self._was_reachable = self._was_reachable, change.reachable
+        shard = change.shard
+        assert shard is not None
+        was_reachable = shard not in self._away
+        is_ours = shard is self._broker.shard_of(self._inbox_key)
+        if parts.watch is not None:
+            parts.watch.shard_changed(shard)
+
+        def concerns(peer: str) -> bool:
+            return self._broker.shard_of(self.keys.link(peer)) is shard
+
         if not change.reachable:
-            parts.liveness.broker_lost()
+            self._away.add(shard)
             if parts.links is not None:
-                parts.links.broker_lost()
-            if parts.listener is not None:
+                parts.links.broker_lost(concerns)
+            if parts.listener is not None and is_ours:
                 parts.listener.broker_changed(False)
             self._announce(parts, [lost for lost, _ in self._notices])
             return
-        parts.liveness.broker_restored(parts.loop.time())
+        self._away.discard(shard)
         if parts.links is not None:
             if was_reachable:
-                parts.links.broker_lost()  # it lost its data under us: what was in the lists is gone
-            parts.links.broker_restored()
-        parts.groups.broker_restored()
+                parts.links.broker_lost(concerns)  # it lost its data under us: what was in the lists is gone
+            parts.links.broker_restored(concerns)
+        parts.groups.broker_restored(shard)
         if change.data_lost:
-            parts.sender.data_lost()
-        if parts.listener is not None and not was_reachable:
+            parts.sender.data_lost(shard)
+        # Also when it is another one: what waits for a channel there may go on.
+        if parts.listener is not None and not was_reachable and self.broker_reachable:
             parts.listener.broker_changed(True)
         self._announce(parts, [restored for _, restored in self._notices])
 
@@ -899,7 +940,7 @@ class RedisProcessLayer(ChannelsBackend):
         next_sweep = loop.time() + _SWEEP_INTERVAL_S
         next_renewal = loop.time() + RENEWAL_INTERVAL_S
         while True:
-            await asyncio.sleep(_SUSPECT_INTERVAL_S if parts.liveness.has_suspects else _LOOK_INTERVAL_S)
+            await asyncio.sleep(_LOOK_INTERVAL_S if parts.watch is None else parts.watch.interval_s)
             now = loop.time()
             try:
                 self._notice_own_absence(parts)
@@ -911,56 +952,18 @@ class RedisProcessLayer(ChannelsBackend):
                     next_sweep = now + _SWEEP_INTERVAL_S
                     parts.local.sweep()
                     parts.normal.close_idle()
-                await self._look_at_leases(parts)
-            except BrokerUnavailable:
-                pass  # _broker_changed tells everybody
+                if parts.watch is not None:
+                    parts.watch.look()
             except Exception:
                 logger.exception("housekeeping failed; going on")
 
-    async def _look_at_leases(self, parts: _Parts) -> None:
-        links, liveness = parts.links, parts.liveness
-        if links is None or not self._broker.reachable:
-            return
-        renewed = None if parts.lease is None else parts.lease.last_renewed
-        if renewed is None or time.monotonic() - renewed > _OWN_LEASE_LATE_S:
-            liveness.give_grace(parts.loop.time())
-        if not liveness.is_judging(parts.loop.time()):
-            return
-        peers = links.peers()
-        liveness.keep_only(peers)
-        looked_at = [*peers, *self._dead]
-        if not looked_at:
-            return
-        calls: list[Awaitable[Any]] = [self._broker.call("EXISTS", self.keys.lease(peer)) for peer in looked_at]
-        has_suspects = liveness.has_suspects
-        if has_suspects:
-            calls.append(self._broker.shards[0].count_refusals())
-        answers = await asyncio.gather(*calls)
-        now = parts.loop.time()
-        refusals_before, self._refusal_count = self._refusal_count, answers.pop() if has_suspects else None
-        if has_suspects and refusals_before not in (None, self._refusal_count):
-            # Some commands pass and some do not: perhaps the leases and the answers of our suspects did not.
-            liveness.give_grace(now)
-            return
-        present = dict(zip(looked_at, map(bool, answers), strict=True))
-        for peer in list(self._dead):
-            if present[peer] or now - self._dead[peer] > _DEAD_REMEMBERED_S:
-                del self._dead[peer]
-        is_current = parts.inbox is not None and parts.inbox.is_current
-        judgement = liveness.judge(now, [(peer, present[peer]) for peer in peers], inbox_is_current=is_current)
-        for peer in judgement.ping:
-            links.ping(peer)
-        for peer in judgement.dead:
-            logger.warning("process %s is dead: its lease is gone and it does not answer", peer)
-            self._dead[peer] = now
-            links.give_up(peer, "the process is dead: its lease is gone and it does not answer")
-        if judgement.probe is not None:
-            parts.writer.push_unasked(
-                self.keys.mail(self.process_id),
-                mail.build_probe(judgement.probe),
-                capacity=-1,  # never refused: a full mail is no reason to think that others are dead
-                expiry_ms=self._expiry_ms,
-            )
+    def _inbox_is_current(self) -> bool:
+        parts = self._parts
+        return parts is not None and parts.inbox is not None and parts.inbox.is_current
+
+    def _lease_renewed(self) -> float | None:
+        parts = self._parts
+        return None if parts is None or parts.lease is None else parts.lease.last_renewed
 
     def _notice_own_absence(self, parts: _Parts) -> None:
         lease = parts.lease
@@ -968,10 +971,10 @@ class RedisProcessLayer(ChannelsBackend):
             return
         self._absences_seen = lease.absence_count
         self._absence_count += 1
-        parts.liveness.give_grace(parts.loop.time())
         parts.groups.broker_restored()
-        if parts.links is None:
+        if parts.links is None or parts.watch is None:
             return
+        parts.watch.give_grace()
         peers = parts.links.peers()
         logger.warning("this process was away longer than its lease: ending its %d links", len(peers))
         for peer in peers:

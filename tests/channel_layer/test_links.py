@@ -27,6 +27,7 @@ class Broker:
         self.members: dict[str, Member] = {}
         self.pushes: list[tuple[str, str, list[bytes]]] = []
         self.is_down = False
+        self.away: set[str] = set()  # peers on shards that are away
         self.holds = False
         self.held: list[Callable[[], None]] = []
         self.error: Exception | None = None
@@ -80,6 +81,7 @@ class Member:
             peer_ready=self.peer_ready,
             loop=broker.loop,
             settings=settings,
+            is_away=lambda peer: peer in broker.away,
         )
 
     def frame_received(self, peer: str, frame: list[Any]) -> None:
@@ -202,17 +204,39 @@ async def test_nothing_is_pushed_while_the_broker_is_away(broker: Broker) -> Non
     await until(lambda: a.links.statistics().failed_pushes == 1)
     a.links.broker_lost()
     b.links.broker_lost()
+    broker.away = {"ia", "wb", "wc"}
     a.send("wb", 2)
     a.send("wc", 3)
     count = len(broker.pushes)
     await asyncio.sleep(0.1)
     assert len(broker.pushes) == count
     broker.is_down = False
+    broker.away = set()
     a.links.broker_restored()
     b.links.broker_restored()
     await b.until(lambda: len(b.received) == 2)
     assert b.received == [("ia", 1), ("ia", 2)]
     assert broker.pushes[-1][1] in ("wb", "wc", "ia")
+
+
+async def test_an_outage_of_one_shard_is_none_for_peers_elsewhere(broker: Broker) -> None:
+    a, b = await connected(broker)
+    c, d = Member(broker, "wc"), Member(broker, "wd")
+    broker.away = {"wc", "wd"}
+    a.send("wc", 1)  # a link that begins during the outage
+    a.links.broker_lost(lambda peer: peer in broker.away)
+    a.send("wb", 1)
+    await b.until(lambda: b.received == [("ia", 1)])
+    assert {peer for source, peer, _ in broker.pushes if source == "ia"} == {"wb"}
+    a.links.broker_restored(lambda peer: peer == "wd")
+    a.send("wd", 1)
+    assert not c.received
+    broker.away.discard("wc")
+    a.links.broker_restored(lambda peer: peer == "wc")
+    await c.until(lambda: c.received == [("ia", 1)])
+    broker.away.discard("wd")
+    a.links.broker_restored(lambda peer: peer == "wd")
+    await d.until(lambda: d.received == [("ia", 1)])
 
 
 async def test_a_refused_push_is_logged_and_tried_again(broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
