@@ -1,5 +1,5 @@
-"""docs/conformance.md has every row of the texts, and everything it names as a proof exists; the comparison with other
-servers is that of the probes there are, and shows ours without a fault.
+"""docs/conformance.md has every row of the texts, and everything it names as a proof exists; the comparison with
+other servers is that of the probes there are, and shows ours without a fault.
 """
 
 import ast
