@@ -88,6 +88,7 @@ def test_the_user_of_the_readme_may_do_what_is_needed_and_no_more(server):
         # There is no worker yet: after 2 s the request is looked for in its queue, then it is removed.
         assert httpx.post(address, timeout=20).status_code == 503
         with Command("worker", APP, "--redis", url) as worker:
+            worker.wait_for("runs tests.system")
             assert httpx.post(address, timeout=20).text == "hello"
             with connect(f"{address.replace('http', 'ws')}/member?group=room", open_timeout=20) as client:
                 read_until(client, "joined")
