@@ -226,3 +226,16 @@ def test_the_limits_of_flow_control_are_those_of_the_source(constant, limit):
     if shown:  # else the row says "no limit", "as above", "the same window"
         values = values_of(constant)
         assert values & shown or not values, f"{constant} is {values}, docs/flow_control.md says {limit}"
+
+
+FAILURES = [
+    line.strip("| ").split(" | ")
+    for line in (ROOT / "docs" / "failure_modes.md").read_text("utf-8").splitlines()
+    if line.startswith("| ") and not line.startswith("| this happens")
+]
+
+
+@pytest.mark.parametrize("row", FAILURES, ids=lambda row: row[0])
+def test_each_failure_names_its_tests(row):
+    assert len(row) == 5, row
+    assert re.fullmatch(r"`tests/[\w/]+\.py::test_\w+`", row[4].split(", ")[0]), row
