@@ -30,7 +30,7 @@ class InterfaceSettings:
     """
 
     # Broker.
-    redis_url: str
+    redis_url: str = field(repr=False)  # it may hold a password
     prefix: str = "trunkline"  # separates deployments that share a broker
     # Keys, or "@" and a file of them (encryption.read_keys); the first encrypts, each decrypts. Without: plain text.
     encryption_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -55,7 +55,7 @@ class InterfaceSettings:
     # TLS: spoken on the listening socket when there is a certificate. SIGHUP reads the files again.
     ssl_certfile: str | None = None  # PEM: the server's certificate, then those between it and the root
     ssl_keyfile: str | None = None  # PEM; None: the key is in the certificate's file
-    ssl_keyfile_password: str | None = None
+    ssl_keyfile_password: str | None = field(default=None, repr=False)
     ssl_ca_certs: str | None = None  # PEM: who signs clients' certificates
     ssl_cert_reqs: str = "none"  # client certificates: none, optional, required; one that is not valid: no connection
     ssl_ciphers: str | None = None  # OpenSSL's list for TLS 1.2; None: those with forward secrecy and AEAD

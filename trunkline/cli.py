@@ -164,6 +164,7 @@ def _redis_url(options: argparse.Namespace) -> str:
 
 
 def _supervise(options: argparse.Namespace, version: str) -> int:
+    from channel_layer.broker_url import redact_urls
     from interface_server.listening import describe_all, open_listeners
 
     # What is wrong with the input is said here, once, before every process says it.
@@ -197,7 +198,7 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
             what = options.app if options.command != "interface" else "sockets"
             where = f" on {describe_all(listeners)}" if listeners else ""
             logger.info("Trunkline %s serves %s%s (Ctrl-C to quit)", version, what, where)
-            logger.info("broker: %s%s", "embedded, " if broker is not None else "", _without_password(options.redis))
+            logger.info("broker: %s%s", "embedded, " if broker is not None else "", redact_urls(options.redis))
             logger.info("%s", "; ".join(_summary(supervisor)))
 
         supervisor = Supervisor(
@@ -274,11 +275,6 @@ def _check_broker(url: str) -> None:
         asyncio.run(check())
     except (BrokerUnsuitable, ValueError) as error:
         raise UsageError(str(error)) from error
-
-
-def _without_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    return f"{head.split('://')[0]}://…@{tail}" if at else url
 
 
 def _summary(supervisor: Supervisor) -> list[str]:

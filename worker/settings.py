@@ -41,7 +41,7 @@ class WorkerSettings:
     """Settings of one worker process. Raises ValueError for values that cannot work together."""
 
     # Broker.
-    redis_url: str
+    redis_url: str = field(repr=False)  # it may hold a password
     prefix: str = "trunkline"  # separates deployments that share a broker
     # Keys, or "@" and a file of them (encryption.read_keys); the first encrypts, each decrypts. Without: plain text.
     encryption_keys: tuple[str, ...] = field(default=(), repr=False)

@@ -14,6 +14,13 @@ def test_defaults_are_valid_and_frozen():
         settings.port = 1
 
 
+def test_no_secret_is_shown():
+    settings = InterfaceSettings(
+        redis_url="redis://:hidden@localhost", encryption_keys=("hidden",), ssl_keyfile_password="hidden"
+    )
+    assert "hidden" not in repr(settings)
+
+
 def test_every_field_but_the_url_has_a_default():
     required = [
         field.name

@@ -4,6 +4,7 @@ import os
 import signal
 import urllib.request
 
+from tests.servers import BrokerServer
 from tests.system.processes import Command, Served, children_of, is_alive, wait_until
 
 APP = "tests.system.applications:application"
@@ -105,3 +106,13 @@ async def application(scope, receive, send):
         served.wait_for("all workers are replaced")
         with urllib.request.urlopen(served.url, timeout=20) as answer:
             assert answer.read() == b"two"
+
+
+def test_no_password_of_the_broker_is_in_logs_and_command_lines(valkey_program):
+    with BrokerServer(valkey_program, tcp=True, password="hidden") as broker:
+        for url in (broker.url, broker.url.replace(":hidden@", "") + "?password=hidden"):
+            with Command("interface", "--port", "0", "--interfaces", "2", env={"TRUNKLINE_REDIS": url}) as command:
+                command.wait_for("2 interface servers")
+                children = children_of(command.process.pid)
+            assert len(children) == 2
+            assert "hidden" not in command.output + "".join(line for _, line in children)

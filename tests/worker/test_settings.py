@@ -65,3 +65,10 @@ def test_own_protocols_are_accepted_but_not_with_wsgi_nor_twice() -> None:
         make(protocols=("tcp",), interface="wsgi")
     with pytest.raises(ValueError, match="'tcp' is taken twice"):
         make(protocols=("tcp",), channels=("tcp.connect",))
+
+
+def test_no_secret_is_shown() -> None:
+    settings = WorkerSettings(
+        redis_url="redis://:hidden@localhost", application="app:app", encryption_keys=("hidden",)
+    )
+    assert "hidden" not in repr(settings)
