@@ -446,6 +446,7 @@ class Connections:
             self._dropped_count["answer nobody waits for"] += 1
             return
         self._watch.discard(connection.number)
+        self._parked.pop(connection, None)
         connection.answered(
             {"type": "http.response", "status": frame[3], "headers": frame[4], "body": frame[5]},
         )

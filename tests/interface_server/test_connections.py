@@ -354,6 +354,19 @@ async def test_an_answer_waits_for_a_client_that_does_not_read(bench):
     assert client.connection.state is State.OVER
 
 
+async def test_an_answer_ends_the_wait_for_the_broker_also_while_the_client_does_not_read(bench):
+    client = bench.open("http")
+    await bench.answer("push", BrokerUnavailable("gone"))  # and it was stored all the same
+    client.connection.pause_delivery()
+    bench.frame(answer_of(client))
+    assert client.connection.state is State.ENDING
+    await bench.advance(10)
+    bench.connections.broker_changed(True)
+    assert bench.open_calls("push") == []
+    client.connection.resume_delivery()
+    assert client.log == [RESPONSE, Outcome.RETURNED]
+
+
 async def test_an_answer_drops_what_a_group_sent_before(bench):
     client = bench.open("http")
     bench.group_send({"type": "http.response.body", "body": b"early", "more_body": True}, client)
