@@ -3,6 +3,7 @@
     python -m tests.soak.run                    ten minutes
     python -m tests.soak.run --minutes 2        shorter; --seed repeats the events, not their timing
     python -m tests.soak.run --rolling 5        only rolling restarts of two workers, and how long the clients waited
+    python -m tests.soak.run --rude             only how long the neighbours of rude clients wait (rude.py)
     python -m tests.soak.run --leaks 100000     so many connections, opened and closed in every way (leaks.py)
 
 500 echoing WebSockets that checkpoint with ``commit`` and are members of one group, 50 downloads, 50 uploads, a
@@ -22,7 +23,7 @@ import time
 from pathlib import Path
 
 from tests.servers import BrokerServer, find_redis_server, find_valkey_server
-from tests.soak import clients, leaks
+from tests.soak import clients, leaks, rude
 from tests.soak.chaos import Chaos
 from tests.system.processes import Served, is_alive, memory_bytes
 
@@ -235,10 +236,15 @@ def main():
     parser.add_argument("--streams", type=int, default=50, help="downloads, and as many uploads")
     parser.add_argument("--rolling", type=int, metavar="TIMES", help="only rolling restarts, of two workers")
     parser.add_argument("--leaks", type=int, metavar="CONNECTIONS", help="only open and close connections")
+    parser.add_argument("--rude", action="store_true", help="only measure the neighbours of rude clients")
     parser.add_argument("--log", type=Path, help="file for what the servers print")
     arguments = parser.parse_args()
     if arguments.leaks:
         return 0 if leaks.run(arguments.leaks) else 1
+    if not arguments.rolling:
+        rude.run()
+        if arguments.rude:
+            return 0
     program = find_valkey_server() or find_redis_server()
     if program is None:
         sys.exit("neither valkey-server nor redis-server is installed")
