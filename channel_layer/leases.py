@@ -1,7 +1,8 @@
 """The lease of this process: a key that says it is alive, kept by a thread of its own.
 
 A thread with its own connection, because a process whose loop is blocked by the application is slow, not dead: its
-lease must not depend on the loop. Does not live here: watching the leases of others (liveness.py).
+lease must not depend on the loop. Does not live here: that connection (lease_connection.py), watching the leases of
+others (liveness.py).
 
     start() --> renewing every period_s --stop()--> over (the key deleted, or left to expire)
 
@@ -11,19 +12,17 @@ To say more in a lease: a field of Lease; decode_lease() takes values with more 
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import hiredis
 import msgpack
 
-from channel_layer.broker_connection import Argument, pack_command
-from channel_layer.broker_url import BrokerAddress, parse_broker_url
-from channel_layer.errors import BrokerError, BrokerUnavailable, WireError
+from channel_layer.broker_url import parse_broker_urls
+from channel_layer.errors import BrokerError, WireError
+from channel_layer.lease_connection import LeaseConnection
 
 __all__ = ["Lease", "LeaseKeeper", "LeaseStatistics", "decode_lease", "encode_lease"]
 
@@ -89,7 +88,8 @@ class LeaseKeeper:
 
         Raises ValueError for a bad URL.
         """
-        self._connection = _LeaseConnection(parse_broker_url(url))
+        self._connection = LeaseConnection(parse_broker_urls(url), key, timeout_s=RENEWAL_TIMEOUT_S)
+        self._may_have_moved = False  # set by any thread, taken by ours
         self._key = key
         self._value = value  # replaced as a whole by update(); read once per renewal
         self._period_s = period_s
@@ -130,6 +130,10 @@ class LeaseKeeper:
         """Have the next renewal write this value."""
         self._value = value
 
+    def look_again(self) -> None:
+        """Have the next renewal ask anew where the key is: its shard came back, perhaps elsewhere."""
+        self._may_have_moved = True
+
     def stop(self, drop: bool = True, timeout_s: float = RENEWAL_TIMEOUT_S) -> None:
         """End the renewals and, with ``drop``, delete the lease; wait for that up to ``timeout_s``.
 
@@ -149,6 +153,9 @@ class LeaseKeeper:
         next_renewal = time.monotonic()
         while not self._is_stopping.is_set():
             started = time.monotonic()
+            if self._may_have_moved:
+                self._may_have_moved = False
+                self._connection.close()
             try:
                 self._connection.execute("SET", self._key, self._value, "PX", self._ttl_ms)
             except (BrokerError, OSError) as error:
@@ -177,63 +184,3 @@ class LeaseKeeper:
 
     def _log_outage(self, error: Exception) -> None:
         logger.warning("lease %s cannot be renewed at %s: %s", self._key, self._connection, error)
-
-
-class _LeaseConnection:
-    """A blocking connection for one command at a time; execute() connects if it has to, and never tries twice."""
-
-    def __init__(self, address: BrokerAddress) -> None:
-        self._address = address
-        self._socket: socket.socket | None = None
-        self._reader = hiredis.Reader()
-
-    def __str__(self) -> str:
-        return str(self._address)
-
-    def execute(self, *args: Argument) -> Any:
-        """Raises OSError (TimeoutError, BrokerUnavailable) after which it is disconnected; BrokerError."""
-        deadline = time.monotonic() + RENEWAL_TIMEOUT_S
-        try:
-            if self._socket is None:
-                self._connect(deadline)
-            return self._exchange(args, deadline)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-
-    def _connect(self, deadline: float) -> None:
-        address = self._address
-        if address.path is not None:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._socket.settimeout(RENEWAL_TIMEOUT_S)
-            self._socket.connect(address.path)
-        else:
-            self._socket = socket.create_connection((address.host, address.port), timeout=RENEWAL_TIMEOUT_S)
-            if address.ssl_context is not None:
-                self._socket = address.ssl_context.wrap_socket(self._socket, server_hostname=address.host)
-        self._reader = hiredis.Reader()
-        if address.username is not None or address.password is not None:
-            user = () if address.username is None else (address.username,)
-            self._exchange(("AUTH", *user, address.password or ""), deadline)
-        if address.db:
-            self._exchange(("SELECT", address.db), deadline)
-
-    def _exchange(self, args: tuple[Argument, ...], deadline: float) -> Any:
-        assert self._socket is not None
-        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-        self._socket.sendall(pack_command(args))
-        # None of the answers here is False, which is what hiredis returns while there is none.
-        while (reply := self._reader.gets()) is False:
-            self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-            data = self._socket.recv(65536)
-            if not data:
-                raise BrokerUnavailable(f"connection to broker {self} was closed by the broker")
-            self._reader.feed(data)
-        if isinstance(reply, hiredis.ReplyError):
-            raise BrokerError(str(reply))
-        return reply

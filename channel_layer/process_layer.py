@@ -921,6 +921,8 @@ class RedisProcessLayer(ChannelsBackend):
         parts.groups.broker_restored(shard)
         if change.data_lost:
             parts.sender.data_lost(shard)
+        if parts.lease is not None and is_ours:
+            parts.lease.look_again()  # a master that was cut off with us would go on taking it
         # Also when it is another one: what waits for a channel there may go on.
         if parts.listener is not None and not was_reachable and self.broker_reachable:
             parts.listener.broker_changed(True)
