@@ -16,7 +16,7 @@ the broker (connections.py), bytes and sockets (http1.py, websocket.py), credit 
                                     ^                   +--worker lost, RELEASE--> MOVING --its turn--> PUSHING
                                     +--------------------- no taker, client gone -----+
 
-An owner that is lost before it has answered anything may be followed by another one at once (OWNED to PUSHING): the
+An owner that is lost before it has answered anything may be followed by another one at once (OWNED to PARKED): the
 opening is sent again. A WebSocket that is handed over goes through MOVING, where it waits for its turn (moves.py);
 its checkpoint and the messages behind it are in a ``Handover`` (handover.py). Each owner has an epoch of its own.
 
@@ -91,7 +91,7 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     # To MOVING: the broker did not take the opening of one that is handed over.
     State.PUSHING: frozenset({State.PARKED, State.MOVING, State.WAITING, State.OWNED, State.OVER}),
     State.WAITING: frozenset({State.PUSHING, State.MOVING, State.OWNED, State.OVER}),
-    State.OWNED: frozenset({State.LEAVING, State.ENDING, State.OVER, State.MOVING, State.PARKED, State.PUSHING}),
+    State.OWNED: frozenset({State.LEAVING, State.ENDING, State.OVER, State.MOVING, State.PARKED}),
     State.MOVING: frozenset({State.PUSHING, State.OWNED, State.OVER}),
     State.LEAVING: frozenset({State.OVER}),
     State.ENDING: frozenset({State.OVER}),

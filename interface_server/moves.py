@@ -110,10 +110,11 @@ class Moves(Generic[T]):
             self._waiting[connection] = None
 
     def found(self, connection: T) -> None:
-        """A worker claimed it."""
+        """A worker claimed it; perhaps when it waited again, for an opening of which the broker did not tell."""
         move = self._moves.get(connection)
-        if move is not None and move.phase is _Phase.LOOKING:
-            self._looking -= 1
+        if move is not None:
+            self._looking -= move.phase is _Phase.LOOKING
+            self._waiting.pop(connection, None)
             move.phase = _Phase.ADOPTING
 
     def settled(self, connection: T, now: float) -> None:

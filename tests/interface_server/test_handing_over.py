@@ -448,6 +448,23 @@ async def test_a_broker_that_refuses_is_asked_again(bench):
     client.connection.client_gone(GOODBYE)
 
 
+async def test_an_opening_that_was_stored_although_the_broker_did_not_say_so_is_claimed_once(bench):
+    client = await accepted(bench)
+    bench.connections.peer_ended(WORKER, "killed")
+    await bench.answer("push", BrokerUnavailable("the answer was lost"))
+    assert client.connection.state is State.MOVING
+    bench.frame(build_claim(1, 2, adopts=True), OTHER)
+    assert (client.connection.state, client.connection.peer) == (State.OWNED, OTHER)
+    await bench.advance(1)
+    bench.connections.broker_changed(True)
+    assert bench.open_calls("push") == []
+    bench.take_sent()
+    bench.frame(build_claim(1, 2, adopts=True), "wthird")
+    assert [(to, frame[0]) for to, frame in bench.take_sent()] == [("wthird", FrameKind.CLOSED)]
+    bench.frame(build_event(1, 2, encode_event(ACCEPT)), OTHER)
+    assert bench.connections.statistics().moves.moved == 1
+
+
 async def test_a_lost_opening_is_stored_again(bench):
     client = await accepted(bench)
     bench.connections.peer_ended(WORKER, "killed")
