@@ -742,6 +742,10 @@ class Connections:
             self._call(self.layer.remove_opening(connection.channel, element), partial(self._removed, number))
         elif decision is Decision.GIVE_UP_LOST:
             self._refuse(connection, Refusal.OPENING_LOST)
+        elif connection.is_moving:
+            # That was the queue's time. Its own may be longer, and ends it if it is over.
+            self._look_again(connection)
+            self._continue_moves()
         else:
             self._refuse(connection, Refusal.QUEUE_TIMEOUT)
 

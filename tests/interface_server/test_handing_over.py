@@ -412,6 +412,22 @@ async def test_nobody_takes_it_in_time(bench):
     assert bench.connections.statistics().moves.given_up == 1
 
 
+async def test_its_time_may_be_longer_than_that_of_the_queue():
+    bench = Bench(queue_timeout_s=30.0, handover_timeout_s=100.0)
+    client = await accepted(bench)
+    bench.connections.peer_ended(WORKER, "killed")
+    for _ in range(2):
+        await bench.answer("push", b"moving")
+        await bench.advance(31)
+        await bench.answer("remove", True)
+    await bench.answer("push", b"moving")
+    await bench.advance(30)
+    assert client.log == []
+    await bench.advance(10)
+    assert client.log == [Refusal.NO_SUCCESSOR]
+    check_books(bench)
+
+
 async def test_a_worker_that_takes_it_and_does_not_accept_in_time(bench):
     client = await accepted(bench)
     bench.connections.peer_ended(WORKER, "killed")
