@@ -206,7 +206,8 @@ class Instance:
         self._is_handover = opening.is_handover  # it had an owner: adopt() will come, not grant()
         self._moving: Moving | None = None  # None: no checkpoint yet, and the worker does not stop
         self._moved: Callable[[Instance, bool], None] | None = None  # told whether it was given away
-        self._latest_state: Callable[[], Any] | None = None  # asked when the worker stops, in place of receive()
+        # Asked when the worker stops, in place of receive(), in the context of whoever stored it.
+        self._latest_state: tuple[Callable[[], Any], contextvars.Context] | None = None
         self._is_commit = False  # as of the last store_state()
         self._asking: asyncio.Task[None] | None = None  # asks it
         self._is_frozen = False  # nothing is received or sent until the interface server has said who has it
@@ -367,7 +368,8 @@ class Instance:
                 self._wake_receivers()
             else:
                 self._moving.request_read()
-                self._asking = self._loop.create_task(self._ask(self._latest_state))
+                latest, context = self._latest_state
+                self._asking = self._loop.create_task(self._ask(latest), context=context)
             return True
         if self._receivers:
             self._freeze_if_still()
@@ -475,7 +477,7 @@ class Instance:
 
     async def store_state(self, state: Any, *, commit: bool, latest: Callable[[], Any] | None) -> None:
         """Send a checkpoint; ``latest`` is asked for another one, instead of receive(), when the worker stops."""
-        self._latest_state = latest
+        self._latest_state = None if latest is None else (latest, contextvars.copy_context())
         event = {"state": state, "commit": commit, "notify": latest is not None}
         await self.send({"type": "websocket.handover.state", **event})
         self._is_commit = commit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -267,6 +268,33 @@ async def test_commit_and_states_that_are_refused() -> None:
     assert '"notify" is 1' in errors[4]
     assert '"commit" is None' in errors[5]
     await bench.process.stop(0)
+
+
+@pytest.mark.parametrize("is_async", [True, False])
+async def test_the_latest_state_is_asked_for_where_the_application_runs(is_async: bool) -> None:
+    """In its context: functions find the instance, and variables of the application are there."""
+    user = contextvars.ContextVar("user", default="nobody")
+
+    def latest() -> Any:
+        return [stored_state(), user.get()]
+
+    async def latest_async() -> Any:
+        await asyncio.sleep(0)
+        return latest()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        user.set("ada")
+        await store_state(stored_state(), latest=latest_async if is_async else latest)
+        await receive()
+
+    bench = Bench(application)
+    await bench.adopt("first")
+    await bench.stop()
+    assert [state for _, _, state in bench.states] == ["first", ["first", "ada"]]
+    bench.process.frame_received(INTERFACE, [int(FrameKind.RELEASED), 1, 2, True])
+    await bench.settle()
 
 
 async def test_a_latest_state_that_fails_is_told_and_the_websocket_stays(caplog: pytest.LogCaptureFixture) -> None:
