@@ -105,6 +105,8 @@ class BrokerAddress:
     ssl_context: ssl.SSLContext | None = field(repr=False)
     socket_timeout_s: float
     connect_timeout_s: float
+    # What redis-py's own clients take for it.
+    client_options: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     def __str__(self) -> str:
         return redact_url(self.url)
@@ -117,7 +119,13 @@ class BrokerAddress:
         """Return the address of another server that is spoken to in the same way."""
         scheme = "redis" if self.ssl_context is None else "rediss"
         place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        return replace(self, url=f"{scheme}://{place}" + (f"/{self.db}" if self.db else ""), host=host, port=port)
+        return replace(
+            self,
+            url=f"{scheme}://{place}" + (f"/{self.db}" if self.db else ""),
+            host=host,
+            port=port,
+            client_options={**self.client_options, "host": host, "port": port},
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,9 +286,10 @@ def _parse_server(server: str, url: str, socket_timeout_s: float, connect_timeou
     if parts.fragment:
         raise _error(url, "'#' is not allowed (in a password, write it as %23)")
     try:
-        options: dict[str, Any] = dict(_parse_url(server))
+        client_options = _parse_url(server)
     except ValueError as error:
         raise _error(url, str(error)) from None
+    options: dict[str, Any] = dict(client_options)
     options.pop("connection_class", None)
     options.pop("host", None)
     options.pop("port", None)
@@ -321,6 +330,7 @@ def _parse_server(server: str, url: str, socket_timeout_s: float, connect_timeou
         ssl_context=_build_ssl_context(url, tls_options) if parts.scheme == "rediss" else None,
         socket_timeout_s=timeouts["socket_timeout"],
         connect_timeout_s=timeouts["socket_connect_timeout"],
+        client_options=client_options,
     )
 
 

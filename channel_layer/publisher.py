@@ -12,25 +12,20 @@ that was written is not written again, since the first one may have been carried
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
 
 import redis
-from redis.backoff import NoBackoff
-from redis.connection import parse_url
-from redis.exceptions import NoScriptError
-from redis.retry import Retry
 
 from channel_layer import mail, scripts
 from channel_layer.base import Message
-from channel_layer.broker_url import parse_broker_url
 from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import channel_full
 from channel_layer.codec import encode_message
 from channel_layer.encryption import Cipher, keys_from_environment
-from channel_layer.errors import BrokerError, BrokerUnavailable
+from channel_layer.errors import BrokerError
 from channel_layer.messages import CAPACITY_DEFAULT, EXPIRY_DEFAULT_S, check_seconds
 from channel_layer.names import (
     NORMAL_MEMBER_MARK,
@@ -40,20 +35,16 @@ from channel_layer.names import (
     non_local_name,
     process_of,
 )
+from channel_layer.publisher_brokers import PublisherBrokers
 
 __all__ = ["Publisher", "PublisherStatistics"]
 
 # Longest wait for an answer, unless the URL has ?socket_timeout=. A broker that says nothing for so long is as good
 # as unreachable to a script: BrokerUnavailable.
 _SOCKET_TIMEOUT_S: Final = 5.0
-_TURN_TIMEOUT_S: Final = 30.0
 # group_send writes at most so much before it reads answers: redis-py joins a pipeline into one piece of memory.
 _PORTION_BYTES_MAX: Final = 8 * 1024 * 1024
 _PORTION_COUNT_MAX: Final = 500
-
-# redis-py leaves these two without types.
-_parse_url: Callable[[str], Mapping[str, Any]] = parse_url
-_make_pool: Callable[..., redis.BlockingConnectionPool] = redis.BlockingConnectionPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,25 +93,11 @@ class Publisher:
         self._cipher = Cipher(
             keys_from_environment() if symmetric_encryption_keys is None else symmetric_encryption_keys
         )
-        self._address = parse_broker_url(url, socket_timeout_s=check_seconds("socket_timeout_s", socket_timeout_s))
-        options: dict[str, Any] = dict(_parse_url(url))
-        options.update(
-            socket_timeout=self._address.socket_timeout_s,
-            socket_connect_timeout=self._address.connect_timeout_s,
-            # Explicitly, since redis-py's default makes three copies of one push when the answers are late.
-            retry=Retry(NoBackoff(), 0),
-            retry_on_timeout=False,
-            retry_on_error=[],
+        self._brokers = PublisherBrokers(
+            url,
+            socket_timeout_s=check_seconds("socket_timeout_s", socket_timeout_s),
             client_name="trunkline:publisher",
-            decode_responses=False,
-            protocol=2,
-            # One connection: a second thread waits for it so long, then gets BrokerUnavailable. The pool notices a
-            # fork and makes a new one.
-            max_connections=1,
-            timeout=_TURN_TIMEOUT_S,
         )
-        self._pool = _make_pool(**options)
-        self._redis = redis.Redis(connection_pool=self._pool)
         self._is_closed = False
         self._sent_count = 0
         self._full_count = 0
@@ -130,7 +107,7 @@ class Publisher:
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
-        return f"<Publisher {self._address} prefix={self._keys.prefix} {state} sent={self._sent_count}>"
+        return f"<Publisher {self._brokers} prefix={self._keys.prefix} {state} sent={self._sent_count}>"
 
     def __enter__(self) -> Publisher:
         return self
@@ -152,7 +129,7 @@ class Publisher:
     def close(self) -> None:
         """Disconnect. Further calls raise RuntimeError."""
         self._is_closed = True
-        self._pool.disconnect()
+        self._brokers.close()
 
     def send(self, channel: str, message: Message) -> None:
         """Append a message to a channel; return when the broker has it.
@@ -222,27 +199,7 @@ class Publisher:
         """
         if self._is_closed:
             raise RuntimeError(f"{self!r} was closed")
-        try:
-            answers = self._pipeline(script, calls)
-            missing = [index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
-            if missing:
-                # A broker that started anew, or a first call. Not carried out, so these may be sent again.
-                self._redis.script_load(script.source)
-                again = self._pipeline(script, [calls[index] for index in missing])
-                for index, answer in zip(missing, again, strict=True):
-                    answers[index] = answer
-        except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-            raise BrokerUnavailable(f"broker {self._address}: {error}") from error
-        except redis.RedisError as error:
-            raise BrokerError(f"broker {self._address}: {error}") from error
-        return answers
-
-    def _pipeline(self, script: scripts.Script, calls: Sequence[tuple[str | bytes | int, ...]]) -> list[Any]:
-        with self._redis.pipeline(transaction=False) as pipeline:
-            for key, *arguments in calls:
-                pipeline.evalsha(script.sha1, 1, key, *arguments)
-            answers: list[Any] = pipeline.execute(raise_on_error=False)
-        return answers
+        return self._brokers.run(script, calls)
 
 
 def _stored_count(answer: Any) -> int:

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from channel_layer.broker_url import parse_broker_url, redact_url
+from channel_layer.broker_url import (
+    BrokerAddress,
+    ClusterPlace,
+    SentinelPlace,
+    parse_broker_url,
+    parse_broker_urls,
+    redact_url,
+    redact_urls,
+    split_urls,
+)
 
 
 def test_the_shortest_url() -> None:
@@ -108,6 +117,80 @@ def test_an_address_shows_no_password() -> None:
     assert str(address) == "redis://me:***@host:7000/1"
     assert "s3cret" not in repr(address)
     assert redact_url("redis://host:7000/1") == "redis://host:7000/1"
+
+
+def test_sentinels() -> None:
+    url = "redis+sentinel://me:p%40@h1,h2:27000,[::1]/my%20master/2?sentinel_password=x%26y&socket_timeout=2"
+    (place,) = parse_broker_urls(url)
+    assert isinstance(place, SentinelPlace)
+    assert place.master == "my master"
+    assert [sentinel.node for sentinel in place.sentinels] == [("h1", 26379), ("h2", 27000), ("::1", 26379)]
+    assert {(each.username or "", each.password, each.db) for each in place.sentinels} == {("", "x&y", 0)}
+    master = place.template.at("10.0.0.1", 6379)
+    assert (master.node, master.username, master.password, master.db) == (("10.0.0.1", 6379), "me", "p@", 2)
+    assert master.socket_timeout_s == place.sentinels[0].socket_timeout_s == 2
+    assert (master.client_options["host"], master.client_options["password"]) == ("10.0.0.1", "p@")
+    assert str(master) == "redis://10.0.0.1:6379/2"
+    assert str(place).startswith("redis+sentinel://me:***@h1,h2:27000,[::1]/my%20master/2?sentinel_password=***")
+    (without,) = parse_broker_urls("redis+sentinel://:secret@h/m")
+    assert isinstance(without, SentinelPlace)
+    assert (without.sentinels[0].password, without.template.password) == (None, "secret")
+
+
+def test_tls_to_sentinels_unless_it_is_said_otherwise() -> None:
+    for query, expected in (("", True), ("?sentinel_ssl=true", True), ("?sentinel_ssl=no&ssl_cert_reqs=none", False)):
+        (place,) = parse_broker_urls(f"rediss+sentinel://h/m{query}")
+        assert isinstance(place, SentinelPlace)
+        assert place.template.ssl_context is not None
+        assert (place.sentinels[0].ssl_context is not None) is expected
+        assert str(place.template.at("::1", 1)) == "rediss://[::1]:1"
+
+
+def test_clusters() -> None:
+    (place,) = parse_broker_urls("rediss+cluster://:pw@h1,h2:7001")
+    assert isinstance(place, ClusterPlace)
+    assert [seed.node for seed in place.seeds] == [("h1", 6379), ("h2", 7001)]
+    assert {seed.password for seed in place.seeds} == {"pw"}
+    assert all(seed.ssl_context is not None for seed in place.seeds)
+
+
+def test_several_urls_are_shards_in_their_order() -> None:
+    text = "redis://a:1, redis+sentinel://b,c/m,unix:///tmp/x.sock?db=3"
+    places = parse_broker_urls(text)
+    assert [type(place) for place in places] == [BrokerAddress, SentinelPlace, BrokerAddress]
+    assert split_urls(text) == ["redis://a:1", "redis+sentinel://b,c/m", "unix:///tmp/x.sock?db=3"]
+    assert redact_urls("redis://u:s1@a,redis://:s2@b") == "redis://u:***@a,redis://:***@b"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("redis+foo://h", "scheme"),
+        ("unix+cluster://h", "scheme"),
+        ("redis+sentinel://h1,h2", "name of the master is missing"),
+        ("redis+sentinel://h1,,h2/m", "host 2 of 3 is empty"),
+        ("redis+sentinel:///m", "a host is missing"),
+        ("redis+sentinel://h/m/x", "'x' is not a number"),
+        ("redis+sentinel://h/m?db=-1", "negative"),
+        ("redis+sentinel://h1,h2:port/m", "malformed"),
+        ("redis+sentinel://u:s3/cret@h/m", "malformed"),
+        ("redis+sentinel://u:s3#cret@h/m", "%23"),
+        ("rediss+sentinel://h/m?sentinel_ssl=perhaps", "true, false"),
+        ("redis+sentinel://h/m?tmieout=3", "'tmieout' is not known"),
+        ("redis+cluster://h/1", "no databases"),
+        ("redis+cluster://h?db=1", "no databases"),
+        ("redis+cluster://h?sentinel_password=x", r"\+sentinel"),
+        ("redis://a,redis://b,redis://a", "broker URL 3 of 3 'redis://a': is named twice"),
+        ("redis://a,redis+cluster://b", "broker URL 2 of 2 .*cannot be one of several"),
+        ("redis://a,http://b", "broker URL 2 of 2 'http://b': the scheme"),
+        ("redis+sentinel://h/m,redis+sentinel://h,i/m", "2 of 2 .*named twice"),
+        ("redis://a,redis://b:s3cret", "broker URL 2 of 2 .*malformed"),
+    ],
+)
+def test_bad_urls_of_several_servers(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem) as caught:
+        parse_broker_urls(text)
+    assert "cret@" not in str(caught.value)
 
 
 def test_tls_options_mean_what_they_mean_to_redis_py(tmp_path: Path) -> None:
