@@ -80,11 +80,11 @@ class _Lane:
 
     __slots__ = ("doubt_until", "draining", "waiting")
 
-    def __init__(self) -> None:
+    def __init__(self, doubt_until: float) -> None:
         self.waiting: deque[_Sending] = deque()  # _WAITING_BYTES_MAX over all lanes
         self.draining: asyncio.Task[None] | None = None
         # Until then the registry may lack processes that have members.
-        self.doubt_until = float("-inf")
+        self.doubt_until = doubt_until
 
 
 class GroupSender:
@@ -122,6 +122,8 @@ class GroupSender:
         self._link_send = link_send
         self._linked = linked
         self._outage_wait_s = outage_wait_s
+        # A process that starts cannot know whether the data were lost just before.
+        self._young_until = loop.time() + _DOUBT_S
         self._lanes: dict[BrokerShard, _Lane] = {}
         self._waiting_bytes = 0
         self._sent_count = 0
@@ -183,7 +185,7 @@ class GroupSender:
     def _lane_of(self, shard: BrokerShard) -> _Lane:
         lane = self._lanes.get(shard)
         if lane is None:
-            lane = self._lanes[shard] = _Lane()
+            lane = self._lanes[shard] = _Lane(self._young_until)
         return lane
 
     async def _drain(self, lane: _Lane) -> None:

@@ -57,6 +57,19 @@ async def test_broadcasts_on_links_have_no_gap_when_the_broker_loses_its_data(
         assert [encoded for _, encoded in heard.delivered] == [encode_message(numbered(n)) for n in range(sent)]
 
 
+async def test_a_worker_that_starts_behind_the_loss_reaches_those_it_has_a_link_with(
+    broker_server: BrokerServer,
+) -> None:
+    """It finds a broker that has lost nothing since it knows it, and a registry that is not whole yet."""
+    async with linked(broker_server) as (interface, heard, _):
+        with broker_server.client() as client:
+            client.flushall()
+        async with started(broker_server.url) as (young, _):
+            young.link_send(interface.process_id, build_credit(1, 1, 0))
+            await young.group_send("room", numbered(0))
+            await heard.until(lambda: len(heard.delivered) == 1)
+
+
 async def test_processes_without_members_are_spared_once_the_registry_is_whole_again(
     broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import random
+import time
 
 from channel_layer import get_channel_layer
 from channel_layer.errors import BrokerUnavailable
@@ -16,6 +17,7 @@ from tests.system.handover_application import note
 
 GROUP = "soak"
 PIECE_BYTES = 8 * 1024
+STARTED_AT = time.monotonic()
 TURNS = itertools.count()  # of the broadcasts of this process: they must arrive in this order
 
 
@@ -77,14 +79,14 @@ async def upload(scope, receive, send):
 
 
 async def broadcast(scope, receive, send):
-    """Sends ?number= to everybody, and says who did."""
+    """Sends ?number= to everybody, and says who did, and for how long it has been there."""
     text = f"b {os.getpid()} {next(TURNS)} {query(scope)['number']}"
     try:
         await get_channel_layer().group_send(GROUP, {"type": "websocket.send", "text": text})
     except BrokerUnavailable:
         await respond(send, b"", 500)  # not counted
     else:
-        await respond(send, str(os.getpid()).encode())
+        await respond(send, b"%d %f" % (os.getpid(), time.monotonic() - STARTED_AT))
 
 
 ROUTES = {"/download": download, "/upload": upload, "/broadcast": broadcast}

@@ -93,6 +93,7 @@ class Chaos:
             self._server.kill()
             await asyncio.sleep(pause_s)
             self._server.start()
+            self._soak.data_lost_at = self._soak.now()
 
     async def flush_broker(self):
         self._soak.tell("FLUSHALL")
@@ -103,6 +104,7 @@ class Chaos:
 
         with self._soak.outage():
             await asyncio.to_thread(flush)
+            self._soak.data_lost_at = self._soak.now()
 
     async def stop_broker(self):
         seconds = self._chance.uniform(*OUTAGE_S)

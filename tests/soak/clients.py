@@ -17,6 +17,9 @@ from tests.soak.application import PIECE_BYTES, body_pieces
 # Nothing waits longer, whatever happened: a worker's death, noticed behind an outage, and a queue.
 PATIENCE_S = 60.0
 CONNECT_TIMEOUT_S = 60.0
+# A worker that has just started reaches, while the registry of groups is not whole, whom it has a link with. So long it
+# takes until it has one with each interface server.
+YOUNG_S = 1.0
 
 
 @dataclass
@@ -387,4 +390,6 @@ async def _broadcast(soak):
     except (OSError, asyncio.IncompleteReadError, TimeoutError):
         return
     if status == 200:
-        soak.broadcasts.returned(number, int(answer))
+        pid, age_s = answer.split()
+        if float(age_s) > YOUNG_S or not soak.has_lost_data():
+            soak.broadcasts.returned(number, int(pid))

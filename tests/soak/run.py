@@ -30,6 +30,7 @@ from tests.system.processes import Served, is_alive, memory_bytes
 APP = "tests.soak.application:application"
 BROADCAST_EACH_S = 0.1
 PAUSE_P99_S = 0.5  # promised for rolling restarts
+REGISTRY_S = 4.0  # until all have registered their groups anew, behind lost data
 COMPLAINTS_MAX = 50  # that are printed
 
 
@@ -46,6 +47,7 @@ class Soak:
         self.broadcasts = clients.Broadcasts()
         self.is_over = False
         self.complaints = 0
+        self.data_lost_at = float("-inf")
         self._began_at = time.monotonic()
         self._outages = []  # [begin, end]
         self._deaths = []  # when a worker was killed, or frozen until it counts as dead
@@ -71,6 +73,10 @@ class Soak:
             self._longest = (pause_s, socket.who)
         if pause_s > self.tally.slowest[0]:
             self.tally.slowest = (pause_s, f"{socket.who}, {time.monotonic() - self._began_at:.1f} s")
+
+    def has_lost_data(self):
+        """True while the registry of groups may not be whole."""
+        return self.now() - self.data_lost_at < REGISTRY_S
 
     @contextlib.contextmanager
     def outage(self):
