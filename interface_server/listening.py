@@ -101,9 +101,9 @@ def describe_all(listeners: Sequence[Listener]) -> str:
 
 
 def _open_endpoint(endpoint: Endpoint, settings: InterfaceSettings) -> socket.socket:
-    fd = endpoint.fd
-    if endpoint.domain is not None:
-        fd = _find_activated(endpoint)
+    if endpoint.fd is not None:
+        return _take_over(endpoint.fd)
+    fd = None if endpoint.domain is None else _find_activated(endpoint)
     listening = open_listening_socket(
         replace(
             settings,
@@ -118,6 +118,16 @@ def _open_endpoint(endpoint: Endpoint, settings: InterfaceSettings) -> socket.so
     if endpoint.domain is not None and listening.family.name != f"AF_{endpoint.domain.upper()}":
         listening.close()
         raise OSError(f"endpoint {endpoint.text!r}: the socket of systemd is of the kind {listening.family.name[3:]}")
+    return listening
+
+
+def _take_over(fd: int) -> socket.socket:
+    """The socket of our supervisor, which listens already. Not a copy: that would listen on while we drain."""
+    try:
+        listening = socket.socket(fileno=fd)
+    except OSError as error:
+        raise OSError(f"cannot listen on file descriptor {fd}: {os.strerror(error.errno or 0)}") from error
+    listening.set_inheritable(False)
     return listening
 
 

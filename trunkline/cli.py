@@ -201,11 +201,17 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
             logger.info("broker: %s%s", "embedded, " if broker is not None else "", redact_urls(options.redis))
             logger.info("%s", "; ".join(_summary(supervisor)))
 
+        def listen_no_more() -> None:
+            # Nobody is started any more who needs these; while we hold them, clients would connect and wait for ever.
+            for listener in listeners:
+                listener.socket.close()
+
         supervisor = Supervisor(
             _process_specs(options, listeners),
             broker=broker,
             environment=environment,
             on_ready=announce,
+            on_stopping=listen_no_more,
             watch=watch,
             **_times(options),
         )

@@ -62,6 +62,7 @@ class Supervisor:
         broker: EmbeddedBroker | None = None,
         environment: dict[str, str] | None = None,
         on_ready: Callable[[], None] = lambda: None,
+        on_stopping: Callable[[], None] = lambda: None,
         watch: SourceWatch | None = None,
         stop_timeout_s: float = 60.0,
         hang_timeout_s: float = 60.0,
@@ -80,6 +81,7 @@ class Supervisor:
         self._passing: set[Child] = set()
         self._environment = {**os.environ, **(environment or {})}
         self._on_ready = on_ready
+        self._on_stopping = on_stopping
         self._watch = watch
         self._stop_timeout_s = stop_timeout_s + STOP_MARGIN_S
         self._hang_timeout_s = hang_timeout_s
@@ -120,6 +122,7 @@ class Supervisor:
                     self._run_in_background(self._reload_on_change(), "restart workers on changes")
                 await self._stop_requested.wait()
             self.phase = Phase.STOPPING
+            self._on_stopping()
             await self._stop()
         finally:
             for child in self._all_children():  # only after a fault of our own

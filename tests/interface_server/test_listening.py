@@ -9,7 +9,7 @@ import pytest
 from twisted.internet.protocol import Factory
 from twisted.internet.testing import MemoryReactor
 
-from interface_server.listening import activated_descriptor, adopt, describe, open_listening_socket
+from interface_server.listening import activated_descriptor, adopt, describe, open_listeners, open_listening_socket
 from interface_server.settings import InterfaceSettings
 
 
@@ -52,6 +52,23 @@ def test_an_inherited_socket_stays_the_caller_s():
             assert listening.getsockname() == bound.getsockname()
         with socket.create_connection(bound.getsockname()):
             pass
+
+
+def test_a_socket_of_the_supervisor_is_taken_over_as_it_is():
+    with socket.create_server(("127.0.0.1", 0), backlog=7) as server:
+        descriptor = os.dup(server.fileno())
+        settings = InterfaceSettings(
+            redis_url="redis://unused", endpoints=(f"adopted:{descriptor}",), endpoints_only=True, backlog=100
+        )
+        (listener,) = open_listeners(settings)
+        with listener.socket as listening:
+            assert listening.fileno() == descriptor
+            assert not listening.get_inheritable()
+            # struct tcp_info: of a listening socket, tcpi_sacked is the backlog.
+            info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+            assert int.from_bytes(info[28:32], sys.byteorder) == 7
+    with pytest.raises(OSError, match=f"cannot listen on file descriptor {descriptor}: Bad file"):
+        open_listeners(settings)
 
 
 def test_a_descriptor_that_is_no_socket(tmp_path):

@@ -60,6 +60,24 @@ def close_times(clients):
     return threads, closed
 
 
+def test_nobody_can_connect_while_supervised_processes_drain():
+    with Served(APP, "--interfaces", "2") as served:
+        download = Download(f"{served.url}/numbers?n=100&pause=0.05")
+        os.kill(served.process.pid, signal.SIGTERM)
+        host, _, port = served.url.removeprefix("http://").partition(":")
+
+        def refused():
+            try:
+                socket.create_connection((host, int(port))).close()
+            except OSError:
+                return True
+            return False
+
+        wait_until(refused, 3, "the last one that listened has closed its socket")
+        assert served.process.poll() is None
+        assert len(download.lines()) == 100
+
+
 def test_an_interface_server_closes_sockets_one_after_the_other_and_finishes_requests(broker_server):
     with halves(broker_server) as (interface, _, url), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(url.replace("http", "ws") + "/echo")) for _ in range(40)]
