@@ -128,6 +128,9 @@ class ProcessLayer(ChannelLayer, Protocol):
     def link_is_congested(self, peer: str) -> bool:
         """True while the link holds more than its senders should add to; ``peer_ready`` says when it is over."""
 
+    def peer_is_reachable(self, peer: str) -> bool:
+        """False while what we send to ``peer``, or what it answers, may be held up: it is not late then."""
+
     def hold_inbox(self, held: bool) -> None:
         """Take nothing more from our inbox while ``held``: our own loop is behind with what came. Never for a
         socket or an application to become ready: those have credit.

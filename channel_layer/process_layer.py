@@ -16,6 +16,7 @@ only once it has a channel to read.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -32,7 +33,7 @@ from channel_layer.channels_compat import ChannelsBackend
 from channel_layer.codec import decode_event, encode_message
 from channel_layer.crossing import call_on
 from channel_layer.encryption import Cipher, Refused, Undecryptable, build_refusal
-from channel_layer.errors import ChannelFull, InvalidName, MessageTooLarge, WireError
+from channel_layer.errors import BrokerUnavailable, ChannelFull, InvalidName, MessageTooLarge, WireError
 from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS, Frame, FrameKind, build_group_answer
 from channel_layer.group_requests import GroupRequests
 from channel_layer.group_sender import OUTAGE_WAIT_S, GroupSender, GroupSenderStatistics
@@ -693,8 +694,19 @@ class RedisProcessLayer(ChannelsBackend):
 
     async def take_openings(self, channel: str, count: int) -> list[bytes]:
         """See base.ProcessLayer. Waits through outages of the broker."""
+        key = self.keys.normal(channel)
         while True:
+            while not self.broker_reachable:
+                with contextlib.suppress(BrokerUnavailable):
+                    await self._reach(self._inbox_key)
+                self._started()  # raises if it was stopped meanwhile
             elements = await self._started().normal.take(_OPENINGS_MARK + channel, count)
+            own, theirs = self._broker.shard_of(self._inbox_key), self._broker.shard_of(key)
+            if theirs.reachable and not own.reachable:
+                # They came from another shard than ours, which is away: the answers to our claims would not come.
+                # Others can take them.
+                self._started().normal.give_back(_OPENINGS_MARK + channel, elements)
+                continue
             openings: list[bytes] = []
             for element in elements:
                 try:

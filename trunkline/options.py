@@ -140,7 +140,8 @@ OPTIONS: Final[tuple[Option, ...]] = (
         metavar="URL",
         field="redis_url",
         secret=True,  # it may hold a password
-        help="the broker: redis://, rediss:// or unix:// URL (serve: an embedded one if absent)",
+        help="the broker: redis://, rediss:// or unix:// URL, redis+sentinel://…/MASTER, redis+cluster://…; several "
+        "with commas between them are shards (serve: an embedded one if absent)",
     ),
     Option(flag="prefix", commands=ALL, help="keys begin with this, so that deployments can share a broker"),
     Option(

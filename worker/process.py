@@ -532,6 +532,10 @@ class WorkerProcess:
         now = self._loop.time()
         for instance in [late for late, deadline in self._unanswered.items() if deadline <= now]:
             del self._unanswered[instance]
+            if not self._layer.peer_is_reachable(instance.peer):
+                # One of the shards between us is away, or hangs and is not given up yet: nobody can answer.
+                self._unanswered[instance] = now + GRANT_TIMEOUT_S
+                continue
             self._grant_timeout_count += 1
             logger.warning(
                 "%s is given up: its interface server did not answer the claim in %g s",

@@ -99,6 +99,10 @@ class FakeLayer(FakeLink):
         self.changed = asyncio.Condition()
         self.asked: list[tuple[str, int]] = []
         self.failures: list[Exception] = []  # raised by the next takes
+        self.unreachable: set[str] = set()
+
+    def peer_is_reachable(self, peer: str) -> bool:
+        return peer not in self.unreachable
 
     async def offer(self, *openings: Opening | bytes, channel: str | None = None) -> None:
         async with self.changed:

@@ -243,6 +243,22 @@ async def test_the_clock_of_claims_stands_still_while_the_broker_is_away(monkeyp
     await bench.process.stop(0)
 
 
+async def test_a_claim_is_not_late_while_its_interface_server_lives_on_a_shard_that_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process_module, "GRANT_TIMEOUT_S", 0.02)
+    bench = Bench()
+    bench.process.start()
+    await bench.open(http_scope("POST"))
+    bench.layer.unreachable = {bench.process.instances()[0].peer}
+    await asyncio.sleep(0.1)
+    assert bench.process.statistics().waiting_for_grant_count == 1
+    bench.layer.unreachable = set()
+    await bench.process._wait_idle(5, None)
+    assert bench.process.statistics().grant_timeout_count == 1
+    await bench.process.stop(0)
+
+
 @pytest.mark.parametrize("second", [{}, {"first": None}])
 async def test_a_second_copy_of_an_opening_is_ignored(bench: Bench, second: dict[str, Any]) -> None:
     await bench.open(http_scope("POST"))
