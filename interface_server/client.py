@@ -9,6 +9,7 @@ order, credit, the epoch and group memberships, and holds what the socket does n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +19,7 @@ from channel_layer.frames import Outcome
 if TYPE_CHECKING:
     from interface_server.broadcast import Broadcast, JoinedBroadcasts
 
-__all__ = ["Client", "Connection", "Refusal"]
+__all__ = ["Client", "Connection", "HttpClient", "Refusal"]
 
 
 @quick
@@ -74,6 +75,13 @@ class Client(Protocol):
 
     def buffered_bytes(self) -> int:
         """Bytes written to the transport that the kernel has not taken."""
+
+
+class HttpClient(Client, Protocol):
+    """The client of an "http" connection."""
+
+    def whole_response(self, status: int, headers: Sequence[Sequence[bytes]], body: bytes) -> None:
+        """Carry out a response that came in one piece. The connection is over; no other call follows."""
 
 
 class Connection(Protocol):

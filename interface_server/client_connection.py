@@ -36,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum, IntEnum
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import FlowControlError, IncomingEvents, OutgoingEvents
@@ -53,13 +53,13 @@ from channel_layer.frames import (
 )
 from channel_layer.openings import Opening, decode_opening, encode_opening
 from interface_server.broadcast import Broadcast, JoinedBroadcasts
-from interface_server.client import Client, Refusal
+from interface_server.client import Client, HttpClient, Refusal
 from interface_server.handover import Handover, HandoverMode, Loss, NextStep, decide_after_loss, decide_after_refusal
 
 if TYPE_CHECKING:
     from interface_server.connections import Connections
 
-__all__ = ["ClientConnection", "Run", "State"]
+__all__ = ["UNCLAIMED", "ClientConnection", "Run", "State"]
 
 _LOGGER: Final = logging.getLogger("trunkline.interface")
 
@@ -83,7 +83,7 @@ class State(Enum):
 # Broadcasts that are written in one piece; of more, each is written for itself, until the transport is full (64 KiB).
 _RUN_BYTES_MAX: Final = 32 * 1024
 
-_UNCLAIMED: Final = frozenset({State.PARKED, State.MOVING, State.PUSHING, State.WAITING})
+UNCLAIMED: Final = frozenset({State.PARKED, State.MOVING, State.PUSHING, State.WAITING})
 
 TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
     State.PARKED: frozenset({State.PUSHING, State.OWNED, State.OVER}),
@@ -147,16 +147,17 @@ class ClientConnection:
         "_counted",
         "_delivering",
         "_early",
+        "_first_bytes",
         "_flush_wanted",
         "_handover",
         "_hub",
-        "_incoming",
         "_instance_is_done",
         "_is_answered",
         "_is_repeatable",
         "_loss",
+        "_made_incoming",
+        "_made_outgoing",
         "_offered_count",
-        "_outgoing",
         "_paused",
         "_queue",
         "_reading_paused",
@@ -182,10 +183,12 @@ class ClientConnection:
         reply_channel: str,
         protocol: str,
         channel: str,
-        window_bytes: int,
+        first_bytes: int = 0,
         is_repeatable: bool = False,
     ) -> None:
-        """``is_repeatable``: the opening may run twice, and with it goes the whole request."""
+        """``first_bytes``: the cost of the event that travels with the opening. ``is_repeatable``: the opening may
+        run twice, and with it goes the whole request.
+        """
         self.number = number
         self.reply_channel = reply_channel
         self.protocol = protocol
@@ -203,8 +206,9 @@ class ClientConnection:
         self._offered_count = 0  # messages for this owner: events behind the first
         self._hub = hub
         self._client: Client | None = client  # None in LEAVING and OVER
-        self._outgoing = OutgoingEvents(number, self.epoch, window_bytes)
-        self._incoming = IncomingEvents(number, self.epoch, window_bytes)
+        self._first_bytes = first_bytes
+        self._made_incoming: IncomingEvents | None = None
+        self._made_outgoing: OutgoingEvents | None = None
         self._queue: deque[_Item] | None = None  # see above; None when empty, for an idle WebSocket has none
         self._early: list[_Item] | None = None  # messages of groups before accept_broadcasts()
         # So many items at the head of the queue are known to BroadcastMemory, as far as they are a group's: those
@@ -220,6 +224,23 @@ class ClientConnection:
         self._instance_is_done = False
         self._delivering = False  # a call to the client is under way: what comes meanwhile queues behind it
         self._verdict: Outcome | Refusal | None = None  # in ENDING: what the client is told at last
+
+    @property
+    def _outgoing(self) -> OutgoingEvents:
+        # Made when it is needed, as the other one: for a request that an ANSWER ends, never.
+        made = self._made_outgoing
+        if made is None:
+            made = self._made_outgoing = OutgoingEvents(
+                self.number, self.epoch, self._hub.settings.window_bytes, carried_bytes=self._first_bytes
+            )
+        return made
+
+    @property
+    def _incoming(self) -> IncomingEvents:
+        made = self._made_incoming
+        if made is None:
+            made = self._made_incoming = IncomingEvents(self.number, self.epoch, self._hub.settings.window_bytes)
+        return made
 
     def __repr__(self) -> str:
         return (
@@ -268,7 +289,7 @@ class ClientConnection:
 
     @property
     def is_unclaimed(self) -> bool:
-        return self.state in _UNCLAIMED
+        return self.state in UNCLAIMED
 
     @property
     def is_alive(self) -> bool:
@@ -302,25 +323,30 @@ class ClientConnection:
         if not self._outgoing.is_empty:
             self.flush()
 
-    def answered(self, response: dict[str, Any]) -> None:
-        """An ANSWER came: some worker took the opening, and ``response`` is all that its instance had to say."""
+    def answered(self, status: int, headers: list[Any], body: bytes) -> None:
+        """An ANSWER came: some worker took the opening, and this is all that its instance had to say."""
+        if self.protocol != "http":
+            self._abandon(WireError(f"an ANSWER to a {self.protocol}"))
+            return
         client = self._client
         assert client is not None
         self.opening = None
         if self._paused or self._queue is not None:
             # Within no credit, but it is short, and the last that comes for this client.
             self.move(State.OWNED)
+            response = {"type": "http.response", "status": status, "headers": headers, "body": body}
             flush_wanted = self._queue_item((_Held.SHARED, response, 0))
             self.ended(Outcome.RETURNED)
             if flush_wanted:
                 self.flush_queue()
             return
         self._client = None
-        self.move(State.OVER)
-        self._discard_held()
+        self.state = State.OVER  # from what is unclaimed
+        if self._early is not None:
+            self._discard_held()
         self._hub.over(self, None)
         try:
-            client.application_event(response)
+            cast(HttpClient, client).whole_response(status, headers, body)
         except Exception:
             # Nobody holds this connection any more who would end it.
             _LOGGER.exception("an answer to %r could not be delivered", client)
@@ -538,8 +564,10 @@ class ClientConnection:
         unsent = self._outgoing.unsent()
         window_bytes = self._hub.settings.window_bytes
         # What the client has yet to take of the former owner counts within the window of the next one.
-        self._incoming = IncomingEvents(self.number, self.epoch, window_bytes, carried_bytes=self._carried_bytes())
-        self._outgoing = OutgoingEvents(self.number, self.epoch, window_bytes)
+        self._made_incoming = IncomingEvents(
+            self.number, self.epoch, window_bytes, carried_bytes=self._carried_bytes()
+        )
+        self._made_outgoing = OutgoingEvents(self.number, self.epoch, window_bytes)
         if state is State.MOVING:
             if self._handover is None:
                 self._handover = Handover(window_bytes=window_bytes, offered_count=0, offered_bytes=0)
@@ -595,7 +623,7 @@ class ClientConnection:
         assert opening is not None
         # What the client took since the epoch began is no burden to the next owner.
         carried_bytes = self._carried_bytes()
-        self._incoming = IncomingEvents(
+        self._made_incoming = IncomingEvents(
             self.number, self.epoch, self._hub.settings.window_bytes, carried_bytes=carried_bytes
         )
         return build_adopt(self.number, self.epoch, opening, handover.state or b"", carried_bytes)

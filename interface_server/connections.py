@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 from channel_layer.base import ProcessLayer, Stored
 from channel_layer.codec import decode_event, encode_event
+from channel_layer.connection import EVENT_COST_MIN_BYTES
 from channel_layer.errors import BrokerUnavailable, ChannelFull
 from channel_layer.frames import (
     SINCE_VERSION_2,
@@ -34,7 +35,7 @@ from channel_layer.frames import (
 from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, Opening, encode_opening
 from interface_server.broadcast import Broadcast, BroadcastMemory, BroadcastMemoryStatistics, FanOut, FanOutStatistics
 from interface_server.client import Client, Refusal
-from interface_server.client_connection import ClientConnection, Run, State
+from interface_server.client_connection import UNCLAIMED, ClientConnection, Run, State
 from interface_server.closing_pace import STEP_S, ClosingPace
 from interface_server.group_delivery import GroupDelivery
 from interface_server.handover import FURTHER_TRIES_MAX, HandoverMode, NextStep
@@ -185,9 +186,12 @@ class Connections:
         A ``protocol`` beside "http" and "websocket" is somebody's own (own_protocol.py).
         Adds ``scope["extensions"]["channel_layer"]["reply_channel"]``.
         """
-        self._last_number += 1
-        number = self._last_number
+        self._last_number = number = self._last_number + 1
         reply_channel = f"{self._reply_prefix}{number}"
+        if first_event is NO_BODY:
+            encoded: bytes | None = NO_BODY_ENCODED
+        else:
+            encoded = None if first_event is None else encode_event(first_event)
         connection = ClientConnection(
             hub=self,
             client=client,
@@ -195,7 +199,7 @@ class Connections:
             reply_channel=reply_channel,
             protocol=protocol,
             channel=_CHANNELS.get(protocol) or f"{protocol}.connect",
-            window_bytes=self.settings.window_bytes,
+            first_bytes=0 if encoded is None else max(EVENT_COST_MIN_BYTES, len(encoded)),
             is_repeatable=protocol == "websocket"
             or (
                 protocol == "http"
@@ -208,12 +212,6 @@ class Connections:
         extensions["channel_layer"] = {"reply_channel": reply_channel}
         if protocol == "websocket" and self.handover_mode is not HandoverMode.NEVER:
             extensions["websocket.handover"] = {}
-        if first_event is NO_BODY:
-            encoded: bytes | None = NO_BODY_ENCODED
-        else:
-            encoded = None if first_event is None else encode_event(first_event)
-        if encoded is not None:
-            connection.count_first_event(encoded)
         connection.opening = encode_opening(
             Opening(
                 interface=self.layer.process_id,
@@ -362,16 +360,19 @@ class Connections:
 
     def over(self, connection: ClientConnection, peer: str | None) -> None:
         """``connection`` is over; ``peer`` owned it until now."""
-        del self._connections[connection.number]
+        number = connection.number
+        del self._connections[number]
         self.left(connection, peer)
-        self._parked.pop(connection, None)
-        element = self._watch.discard(connection.number)
+        if self._parked:
+            self._parked.pop(connection, None)
+        element = self._watch.discard(number)
         if element is not None:
             self._remove(connection.channel, element)
 
     def left(self, connection: ClientConnection, peer: str | None) -> None:
         """``connection`` has lost its client or its owner, ``peer``: it can be a member of no group any more."""
-        self._disowned(connection, peer)
+        if peer is not None:
+            self._disowned(connection, peer)
         if connection in self._moves:
             self._moves.discard(connection)
             self._continue_moves()
@@ -441,15 +442,13 @@ class Connections:
 
     def _answered(self, peer: str, frame: Frame) -> None:
         connection = self._connections.get(frame[1])
-        if connection is None or connection.epoch != frame[2] or not connection.is_unclaimed:
+        if connection is None or connection.epoch != frame[2] or connection.state not in UNCLAIMED:
             # The opening came twice and another worker was first, or the client is gone. Nobody waits for a word.
             self._dropped_count["answer nobody waits for"] += 1
             return
         self._watch.discard(connection.number)
         self._parked.pop(connection, None)
-        connection.answered(
-            {"type": "http.response", "status": frame[3], "headers": frame[4], "body": frame[5]},
-        )
+        connection.answered(frame[3], frame[4], frame[5])
 
     def _credit(self, peer: str, frame: Frame) -> None:
         connection = self._owned(peer, frame)
@@ -653,7 +652,7 @@ class Connections:
         error = call.exception()
         if error is None:
             if connection.state is State.PUSHING:
-                connection.move(State.WAITING)
+                connection.state = State.WAITING
                 self._watch.stored(connection.number, connection.channel, call.result(), self._clock())
                 self._arm_watch_timer()
             elif connection.state is State.OVER and connection.opening is not None:

@@ -49,7 +49,7 @@ from interface_server.protocol.request import Peer, RequestHead
 from interface_server.protocol.request_reader import BodyPiece, RequestReader, RequestStart
 from interface_server.protocol.scope import build_http_scope
 from interface_server.protocol.websocket_handshake import is_websocket_upgrade
-from interface_server.transports import buffered_bytes, socket_descriptor
+from interface_server.transports import buffered_bytes, socket_descriptor, write_now
 from interface_server.websocket import WebSocketClient
 from interface_server.write_watch import WriteWatch
 
@@ -308,6 +308,12 @@ class Http1Protocol(Protocol):
         else:
             self.transport.writeSequence(data)
 
+    def write_last(self, data: Sequence[bytes]) -> None:
+        if len(data) == 1 and not self._read_ended:
+            write_now(self.transport, data[0])
+        else:
+            self.write(data)
+
     def buffered_bytes(self) -> int:
         return buffered_bytes(self.transport)
 
@@ -328,7 +334,17 @@ class Http1Protocol(Protocol):
         """The response is written (to the transport), or will never be."""
         self._client = None
         self._application_is_full = False
-        if end is End.RESET:
+        factory, reader = self.factory, self._reader
+        if (
+            end is End.KEEP
+            and self._is_reading
+            and reader.is_idle
+            and not (self._read_ended or self._is_advancing or factory.is_stopping)
+        ):
+            # As below, for nearly all.
+            self.phase = Phase.HEAD
+            factory.deadlines.arm(self, factory.settings.keep_alive_timeout_s)
+        elif end is End.RESET:
             self.abort()
         elif end is End.KEEP and not self.factory.is_stopping:
             self.phase = Phase.HEAD if self._reader.body_is_complete else Phase.DRAIN
@@ -363,7 +379,8 @@ class Http1Protocol(Protocol):
             event = self._reader.next_event()
             if isinstance(event, RequestStart):
                 self._begin(event)
-                return True
+                # A request without body, as most are: nothing can follow before it is answered.
+                return not (self._reader.body_is_complete and self.phase is Phase.EXCHANGE)
         except BadRequest as failure:
             self._failed(failure)
             return False
@@ -427,8 +444,9 @@ class Http1Protocol(Protocol):
 
     def _begin(self, start: RequestStart) -> None:
         """A request has come; ask for an application."""
-        factory = self.factory
-        self._await_application()
+        factory, settings = self.factory, self.factory.settings
+        if self._read_ended or self.deadline_tick is not None:
+            self._await_application()
         factory.request_count += 1
         self._is_first = self._waits_for_head = False
         head, reader = start.head, self._reader
@@ -442,14 +460,14 @@ class Http1Protocol(Protocol):
         first: BodyPiece | None = None
         self._pace = None
         if not reader.body_is_complete:
-            self._pace = BodyPace(silence_s=factory.settings.body_timeout_s, rate=factory.settings.body_rate)
+            self._pace = BodyPace(silence_s=settings.body_timeout_s, rate=settings.body_rate)
             event = reader.next_event()  # BadRequest here: nobody has been asked yet
             assert event is None or isinstance(event, BodyPiece)
             first = event
         exchange = HttpExchange(
             method=head.method,
             http_version=head.http_version,
-            keep_alive=start.keep_alive and not factory.is_stopping and factory.settings.keep_alive_timeout_s > 0,
+            keep_alive=start.keep_alive and not factory.is_stopping and settings.keep_alive_timeout_s > 0,
             expects_continue=start.expects_continue and first is None,
             request_is_complete=reader.body_is_complete,
             server_headers=factory.server_headers,
@@ -466,9 +484,7 @@ class Http1Protocol(Protocol):
         connection = factory.connections.open(
             client,
             protocol="http",
-            scope=build_http_scope(
-                head, peer, root_path=factory.settings.root_path, pathsend=factory.settings.pathsend
-            ),
+            scope=build_http_scope(head, peer, root_path=settings.root_path, pathsend=settings.pathsend),
             first_event=first_event,
             tell_receiving=start.expects_continue and first is None and first_event is None,
         )
@@ -545,7 +561,7 @@ class Http1Protocol(Protocol):
         if phase is Phase.EXCHANGE:
             reader = self._reader
             wanted = not self._application_is_full and not (
-                reader.body_is_complete and reader.buffered_bytes > _PIPELINED_BYTES_MAX
+                reader.buffered_bytes > _PIPELINED_BYTES_MAX and reader.body_is_complete
             )
         elif phase is Phase.LINGER:
             assert self._closing is not None

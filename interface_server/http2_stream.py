@@ -192,6 +192,9 @@ class Http2Stream:
 
     # Called by HttpClient and StreamTransport
 
+    def write_last(self, data: Sequence[Any]) -> None:
+        self.write(data)
+
     def write(self, data: Sequence[Any]) -> None:
         if self._is_ended:
             return

@@ -35,6 +35,9 @@ class HttpSocket(Protocol):
     def write(self, data: Sequence[bytes]) -> None:
         """Write these in order. May call ``pause_delivery`` of the connection before it returns."""
 
+    def write_last(self, data: Sequence[bytes]) -> None:
+        """As ``write``; nothing more is written in this turn of the loop, so it need not wait for its end."""
+
     def buffered_bytes(self) -> int:
         """Bytes that the kernel has not taken."""
 
@@ -81,7 +84,8 @@ class HttpClient:
     ) -> None:
         self.head = head
         self.exchange = exchange
-        self.connection: Connection | None = None  # until Connections.open has returned it
+        # None until Connections.open has returned it, and behind a whole response.
+        self.connection: Connection | None = None
         self._socket: HttpSocket | None = socket  # None when the exchange is over
         self._peer = peer
         self._access_log = access_log
@@ -98,13 +102,33 @@ class HttpClient:
     # Called by the Connection
 
     def application_event(self, event: dict[str, Any]) -> None:
-        exchange = self.exchange
-        if event["type"] == "http.response.pathsend":
+        exchange, kind = self.exchange, event["type"]
+        if kind == "http.response.pathsend":
             self._send_file(event["path"])
             return
+        if kind == "http.response":  # one that had to wait
+            self.whole_response(event["status"], event["headers"], event["body"])
+            return
         self._carry_out(exchange.apply(event))
-        if event["type"] == "http.response.start" and exchange.takes_groups and self.connection is not None:
+        if kind == "http.response.start" and exchange.takes_groups and self.connection is not None:
             self.connection.accept_broadcasts()
+
+    def whole_response(self, status: int, headers: Sequence[Sequence[bytes]], body: bytes) -> None:
+        self.connection = None
+        socket = self._socket
+        if socket is None:
+            return
+        output = self.exchange.apply_whole(status, headers, body)
+        data, end, problem = output
+        if problem is not None or end is None:
+            self._carry_out(output)
+            return
+        # As _carry_out, for nearly all.
+        if self._access_log.enabled:
+            self._log()
+        self._socket = None
+        socket.write_last(data)
+        socket.exchange_over(end)
 
     def send_broadcast(self, broadcast: Broadcast | JoinedBroadcasts) -> None:
         """A ``websocket.send`` of a group that this connection is a member of: it means nothing here."""

@@ -10,7 +10,9 @@ import sys
 import termios
 from typing import Any
 
-__all__ = ["OwnTransport", "buffered_bytes", "socket_descriptor", "unsent_bytes"]
+from twisted.internet.tcp import Server
+
+__all__ = ["OwnTransport", "buffered_bytes", "socket_descriptor", "unsent_bytes", "write_now"]
 
 
 class OwnTransport:
@@ -47,6 +49,31 @@ def unsent_bytes(transport: Any) -> int:
             return waiting  # not a socket that knows: then only what we hold counts
         waiting += int.from_bytes(buffer, sys.byteorder)
     return waiting
+
+
+def write_now(transport: Any, data: bytes) -> None:
+    """Write, and let a plain TCP socket have it at once instead of at the end of the loop turn.
+
+    For what nothing follows in this turn, else it would be two sends. Saves Twisted's buffer, its reactor's list of
+    writers, and the call at the end of the turn (reactor.py).
+    """
+    if (
+        type(transport) is not Server
+        or transport._tempDataBuffer
+        or transport.dataBuffer
+        or not transport.connected
+        or transport.disconnecting
+        or transport._writeDisconnected
+        or transport._writeDisconnecting
+    ):
+        transport.write(data)
+        return
+    try:
+        sent = transport.socket.send(data)
+    except OSError:
+        sent = 0  # the transport meets it again
+    if sent < len(data):
+        transport.write(data[sent:] if sent else data)  # type: ignore[no-untyped-call]
 
 
 def socket_descriptor(transport: Any) -> int:

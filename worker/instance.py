@@ -39,7 +39,7 @@ from types import CodeType
 from typing import Any, Final, Protocol, TypeGuard, cast
 
 from channel_layer.codec import decode_event, decode_message, encode_event
-from channel_layer.connection import IncomingEvents, OutgoingEvents
+from channel_layer.connection import EVENT_COST_MIN_BYTES, IncomingEvents, OutgoingEvents
 from channel_layer.enums import quick
 from channel_layer.frames import (
     STATE_COMMIT,
@@ -67,6 +67,8 @@ logger = logging.getLogger("trunkline.worker")
 # The WebSocket whose application runs here; also for tasks that it leaves behind. What they do to the groups of its
 # reply channel is fenced by the epoch they were started under, and handover.py finds it.
 CURRENT_INSTANCE: Final[contextvars.ContextVar[Instance]] = contextvars.ContextVar("CURRENT_INSTANCE")
+
+_HTTP_DISCONNECT: Final = {"type": "http.disconnect"}
 
 # Enough to see which line of the application called which library; a whole chain through middleware is a page.
 _WAIT_FRAMES_SHOWN: Final = 4
@@ -129,7 +131,7 @@ class Instance:
         "_context",
         "_disconnect",
         "_ended",
-        "_incoming",
+        "_first_bytes",
         "_is_cancelled",
         "_is_claimed",
         "_is_commit",
@@ -140,11 +142,12 @@ class Instance:
         "_latest_state",
         "_link",
         "_loop",
+        "_made_incoming",
+        "_made_outgoing",
         "_may_answer",
         "_moved",
         "_moving",
         "_outcome",
-        "_outgoing",
         "_received_count",
         "_receivers",
         "_refusal",
@@ -152,6 +155,7 @@ class Instance:
         "_task",
         "_tell_receiving",
         "_unsent",
+        "_window_bytes",
         "connection",
         "epoch",
         "granted",
@@ -216,7 +220,10 @@ class Instance:
 
         # Towards the application. Lists, not deques: 20,000 idle WebSockets would hold 12 MB of empty deques, and
         # the window bounds the list to some thousand entries, of which pop(0) costs half a microsecond.
-        self._incoming = IncomingEvents(self.connection, self.epoch, opening.window_bytes)
+        self._window_bytes = opening.window_bytes
+        self._first_bytes = 0
+        self._made_incoming: IncomingEvents | None = None
+        self._made_outgoing: OutgoingEvents | None = None
         self._arrived: list[tuple[dict[str, Any], int]] = []  # bounded by the window; full: the peer sends no more
         self._disconnect: dict[str, Any] | None = None  # the last event, from then on receive() returns copies of it
         self._receivers: list[asyncio.Future[None]] = []  # one for each receive() that waits
@@ -230,12 +237,31 @@ class Instance:
             self._sent = HttpEvents(extensions)
         else:
             self._sent = WebSocketEvents(extensions) if self.protocol == "websocket" else OwnEvents(self.protocol)
-        self._outgoing = OutgoingEvents(self.connection, self.epoch, opening.window_bytes)
         self._unsent: list[_Sending] = []
         self._refusal: str | None = None  # why send() raises ClientDisconnected
 
-        if opening.first_event is not None:
+        if opening.first_event == NO_BODY_ENCODED:
+            self._first_bytes = EVENT_COST_MIN_BYTES  # counts as arrived
+            self._arrived.append((NO_BODY, EVENT_COST_MIN_BYTES))
+        elif opening.first_event is not None:
             self.event_received(FrameKind.EVENT, opening.first_event)
+
+    @property
+    def _outgoing(self) -> OutgoingEvents:
+        # Made when it is needed, as the other one: for a request that an ANSWER ends, never.
+        made = self._made_outgoing
+        if made is None:
+            made = self._made_outgoing = OutgoingEvents(self.connection, self.epoch, self._window_bytes)
+        return made
+
+    @property
+    def _incoming(self) -> IncomingEvents:
+        made = self._made_incoming
+        if made is None:
+            made = self._made_incoming = IncomingEvents(
+                self.connection, self.epoch, self._window_bytes, carried_bytes=self._first_bytes
+            )
+        return made
 
     def __repr__(self) -> str:
         return (
@@ -311,7 +337,7 @@ class Instance:
         scope["extensions"] = extensions
         self.scope = scope
         self._sent = WebSocketEvents(extensions)
-        self._outgoing = OutgoingEvents(
+        self._made_outgoing = OutgoingEvents(
             self.connection, self.epoch, self._outgoing.window_bytes, carried_bytes=carried_bytes
         )
         self._arrived.insert(0, ({"type": "websocket.connect"}, 0))
@@ -328,8 +354,7 @@ class Instance:
                 self._link.link_send(self.peer, credit)
             return
         encoded, cost_bytes = complete
-        event = dict(NO_BODY) if encoded == NO_BODY_ENCODED else decode_event(encoded)
-        self._arrived.append((event, cost_bytes))
+        self._arrived.append((NO_BODY if encoded == NO_BODY_ENCODED else decode_event(encoded), cost_bytes))
         self._wake_receivers()
 
     def last_received(self, payload: bytes) -> None:
@@ -511,7 +536,7 @@ class Instance:
                 if credit is not None and self._is_held and self._disconnect is None:
                     self.claim()
                     self._link.link_send(self.peer, credit)
-                return event
+                return dict(event) if event is NO_BODY else event
             if self._disconnect is not None and not self._is_frozen:
                 return dict(self._disconnect)
             # A response of which only the start was sent, by an application that waits: it may mean to send its
@@ -633,13 +658,17 @@ class Instance:
         self.phase = Phase.FINISHING
         self._outcome = outcome
         self._task = None
-        self._drop_close_timer()
+        if self._close_timer is not None:
+            self._drop_close_timer()
         self._arrived.clear()
         # Tasks that the call has left behind: one may wait in receive(), another go on sending, to nobody.
         self._set_disconnect(self._abnormal_disconnect())
         if self._refusal is None:
             self._refusal = "its application call is over"
-        self._pump()
+        if self._unsent or self._is_frozen:
+            self._pump()
+        else:
+            self._end()
 
     def _let_leave(self, events: Iterator[dict[str, Any] | bytes]) -> bool:
         """Let events leave while there is credit and the link has room; True when all have left."""
@@ -688,7 +717,8 @@ class Instance:
     def _set_disconnect(self, event: dict[str, Any]) -> None:
         if self._disconnect is None:
             self._disconnect = event
-            self._wake_receivers()
+            if self._receivers:
+                self._wake_receivers()
 
     def _refuse_sends(self, reason: str) -> None:
         if self._refusal is None:
@@ -725,6 +755,8 @@ class Instance:
                 receiver.set_result(None)
 
     def _abnormal_disconnect(self) -> dict[str, Any]:
+        if self.protocol == "http":
+            return _HTTP_DISCONNECT  # receive() returns copies
         if self.protocol != "websocket":
             return {"type": f"{self.protocol}.disconnect"}
         # RFC 6455 section 7.1.5: 1006 where no close frame was received.

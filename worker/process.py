@@ -464,8 +464,9 @@ class WorkerProcess:
 
     def _instance_ended(self, instance: Instance) -> None:
         self._ended_count += 1
-        self._unanswered.pop(instance, None)
-        if self._moving.pop(instance, None) is not None:
+        if self._unanswered:
+            self._unanswered.pop(instance, None)
+        if self._moving and self._moving.pop(instance, None) is not None:
             self._move_next()
         of_peer = self._peers[instance.peer]
         del of_peer[instance.connection, instance.epoch]
@@ -476,7 +477,9 @@ class WorkerProcess:
         if instance.is_verdict_due:
             self._early_ends.setdefault(instance.peer, set()).add((instance.connection, instance.epoch))
         self._counts[instance.protocol] -= 1
-        self._room[instance.protocol].set()
+        room = self._room[instance.protocol]
+        if not room.is_set():
+            room.set()
         if not self._peers:
             self._idle.set()
 

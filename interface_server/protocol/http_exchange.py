@@ -41,6 +41,8 @@ _LAST_CHUNK: Final = b"0\r\n"  # trailers and an empty line follow
 _STATUS_LINES: Final[Mapping[int, bytes]] = {
     status.value: b"HTTP/1.1 %d %s\r\n" % (status.value, status.phrase.encode("ascii")) for status in HTTPStatus
 }
+# With a body, and without rules of their own.
+_USUAL_STATUSES: Final = frozenset(_STATUS_LINES.keys() - {204, 304} - set(range(100, 200)))
 # A client may try again after this; it is not a promise.
 _RETRY_AFTER_S: Final = 1
 
@@ -162,6 +164,20 @@ class HttpExchange:
             return NOTHING
         return self._fail(f"application sent {event['type']!r:.80} in phase {self.phase.name}")
 
+    def apply_whole(self, status: int, headers: Sequence[Sequence[bytes]], body: bytes) -> Output:
+        """Apply start and body in one, as an ANSWER brings them."""
+        if self.phase is Phase.WAITING:
+            data = self._frame_whole(status, headers, body)
+            if data is not None:
+                self.phase = Phase.OVER
+                self.status = status
+                self.body_bytes = len(body)
+                return Output((data,), End.KEEP)
+        start = self.apply({"type": "http.response.start", "status": status, "headers": headers})
+        if self.phase is not Phase.STARTED:
+            return start
+        return self.apply({"type": "http.response.body", "body": body})
+
     def apply_receiving(self) -> Output:
         """The application waits for the body: now is the time to ask for it (RFC 9110 section 10.1.1)."""
         if not self._expects_continue or self.phase is not Phase.WAITING:
@@ -234,11 +250,6 @@ class HttpExchange:
             assert self._length is not None
             self._remaining_bytes = self._length
         return self._write(head, body, is_last=not more)
-
-    def _whole(self, event: Mapping[str, Any]) -> Output:
-        """Start and body in one, as an ANSWER brings them."""
-        output = self._start(event)
-        return output if self.phase is Phase.OVER else self._first_body(event)
 
     def _next_body(self, event: Mapping[str, Any]) -> Output:
         body = event.get("body", b"")
@@ -328,6 +339,34 @@ class HttpExchange:
         whole = head + mark + body + tail if mark or tail else head + body
         return (whole,) if whole else ()
 
+    def _frame_whole(self, status: int, headers: Sequence[Sequence[bytes]], body: bytes) -> bytes | None:
+        """Return a response of the kind that nearly all are; None for what the steps below have to look at."""
+        if (
+            not (self._keep_alive and self._is_modern)
+            or self._is_head
+            or self._expects_continue
+            or status not in _USUAL_STATUSES
+            or len(body) > _JOIN_BYTES_MAX
+        ):
+            return None
+        server_headers = self._server_headers
+        parts = [_STATUS_LINES[status]]
+        has_length = False
+        for name, value in headers:
+            lowered = name.lower()
+            if lowered in server_headers.decisive:
+                if has_length or lowered != b"content-length" or value != b"%d" % len(body):
+                    return None
+                has_length = True
+            parts.append(name + b": " + value + b"\r\n")
+        lines = b"".join(parts)
+        count = len(parts)
+        if lines.count(b"\n") != count or lines.count(b"\r") != count or b"\0" in lines:
+            return None
+        if has_length:
+            return b"".join((lines, server_headers.refresh().lines, b"\r\n", body))
+        return b"".join((lines, b"content-length: %d\r\n" % len(body), server_headers.refresh().lines, b"\r\n", body))
+
     def _frame_trailers(self, trailers: Sequence[Sequence[bytes]]) -> Sequence[Any]:
         """Return the end of a body of chunks. Raises ValueError."""
         return (_LAST_CHUNK + _build_lines(trailers) + b"\r\n",)
@@ -404,7 +443,6 @@ class HttpExchange:
 # What may come when. A pair that is not here ends the exchange (or, when it is over, is late).
 _TABLE: Final[Mapping[tuple[int, str], Callable[[HttpExchange, Mapping[str, Any]], Output]]] = {
     (Phase.WAITING, "http.response.start"): HttpExchange._start,
-    (Phase.WAITING, "http.response"): HttpExchange._whole,
     (Phase.STARTED, "http.response.body"): HttpExchange._first_body,
     (Phase.STREAMING, "http.response.body"): HttpExchange._next_body,
     (Phase.WAITING, "http.response.early_hint"): HttpExchange._early_hint,

@@ -26,6 +26,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 import httptools
@@ -47,6 +48,13 @@ _LENGTH_DIGITS_MAX: Final = 18
 _REQUEST_LINE: Final = re.compile(rb"(" + TOKEN + rb") ([\x21\x22\x24-\x7e]+) HTTP/([0-9]\.[0-9])")
 _ABSOLUTE: Final = re.compile(rb"[Hh][Tt][Tt][Pp][Ss]?://([^/?]*)([^?]*)(?:\?(.*))?")
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(?::[0-9]{0,5})?")
+
+
+# Clients ask for few hosts, again and again; one that varies them costs a bounded cache, and a little time.
+@lru_cache(maxsize=256)
+def _is_host(value: bytes) -> bool:
+    return _HOST.fullmatch(value) is not None
+
 
 # What a head may consist of. Control bytes are refused (RFC 9110 section 5.5), bytes from 0x80 on are opaque.
 _HEAD_BYTES: Final = bytes((0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0x100)))
@@ -133,6 +141,11 @@ class RequestReader:
     def buffered_bytes(self) -> int:
         """Bytes that were fed and not read."""
         return len(self._data) - self._position
+
+    @property
+    def is_idle(self) -> bool:
+        """True between two requests, with nothing of the next one here."""
+        return self._part is _Part.HEAD and self._position == len(self._data)
 
     @property
     def body_is_complete(self) -> bool:
@@ -284,12 +297,14 @@ class RequestReader:
         # RFC 9112 section 3.2
         if len(hosts) != 1 and (is_modern or hosts):
             raise BadRequest(400, "Host is missing" if not hosts else "Host is given more than once")
-        if hosts and not _HOST.fullmatch(hosts[0]):
+        if hosts and not _is_host(hosts[0]):
             raise BadRequest(400, "malformed Host")
         raw_path, query = self._read_target(method, target, headers)
 
-        tokens = _tokens(read(b"connection", _NO_VALUES))
-        keep_alive = b"close" not in tokens and (is_modern or b"keep-alive" in tokens)
+        keep_alive = is_modern
+        if b"connection" in fields.read:
+            tokens = _tokens(read(b"connection", _NO_VALUES))
+            keep_alive = b"close" not in tokens and (is_modern or b"keep-alive" in tokens)
         body_bytes = self._read_framing(
             read(b"content-length", _NO_VALUES), read(b"transfer-encoding", _NO_VALUES), is_modern=is_modern
         )
@@ -307,10 +322,10 @@ class RequestReader:
             self._remaining_bytes = body_bytes
         return RequestStart(
             RequestHead(
-                method=method.decode("ascii"),
+                method=method.decode(),
                 raw_path=raw_path,
                 query_string=query,
-                http_version=version.decode("ascii"),
+                http_version="1.1" if is_modern else "1.0",
                 headers=headers,
             ),
             body_bytes,

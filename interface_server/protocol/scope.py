@@ -77,6 +77,6 @@ def decode_path(raw_path: bytes) -> str:
     """Return the path percent-decoded and as text. What is not UTF-8 becomes U+FFFD, as in uvicorn: "path" must be
     text that can be encoded again, and who needs the bytes has "raw_path".
     """
-    if b"%" not in raw_path:
-        return raw_path.decode("utf-8", "replace")
+    if raw_path.isascii() and b"%" not in raw_path:
+        return raw_path.decode()
     return unquote_to_bytes(raw_path).decode("utf-8", "replace")

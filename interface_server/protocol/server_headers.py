@@ -14,7 +14,7 @@ SERVER_NAME: Final = b"trunkline"
 class ServerHeaders:
     """Renders them once a second. A header that the application sends itself replaces ours of that name."""
 
-    __slots__ = ("_clock", "_extra", "_has_date", "_names", "_second", "_server", "lines", "pairs")
+    __slots__ = ("_clock", "_extra", "_has_date", "_names", "_second", "_server", "decisive", "lines", "pairs")
 
     def __init__(
         self,
@@ -37,6 +37,8 @@ class ServerHeaders:
         self.pairs: tuple[tuple[bytes, bytes], ...] = ()  # valid after refresh()
         self.lines = b""  # the same as it stands in a head
         self._names: frozenset[bytes] = frozenset((*own, b"date", b"server"))
+        # Who finds none of these in a response may put ``lines`` behind it.
+        self.decisive = self._names | {b"connection", b"content-length", b"transfer-encoding"}
 
     def __repr__(self) -> str:
         return f"<ServerHeaders {self.pairs!r}>"

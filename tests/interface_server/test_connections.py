@@ -99,6 +99,9 @@ class FakeClient:
         if self.on_event is not None:
             self.on_event(event)
 
+    def whole_response(self, status, headers, body):
+        self.application_event({"type": "http.response", "status": status, "headers": headers, "body": body})
+
     def send_broadcast(self, broadcast):
         if isinstance(broadcast, JoinedBroadcasts):
             self.writes.append(broadcast)
@@ -330,6 +333,14 @@ async def test_an_answer_to_a_connection_that_waits_for_the_broker(bench):
     assert client.connection.state is State.PARKED
     bench.frame(answer_of(client))
     assert client.log == [RESPONSE]
+
+
+async def test_an_answer_to_a_websocket_is_a_fault_of_the_worker(bench, caplog):
+    client = bench.open("websocket")
+    bench.frame(answer_of(client))
+    assert client.log == [Refusal.PROTOCOL]
+    assert client.connection.state is State.OVER
+    assert "an ANSWER to a websocket" in caplog.text
 
 
 async def test_an_answer_does_not_touch_what_another_worker_has_or_another_epoch(bench):
@@ -716,7 +727,7 @@ async def test_every_frame_in_every_state(bench, state, kind):
         assert client.connection.state is State.OWNED
         assert sent == [(WORKER, msgpack.unpackb(build_grant(1, 1)))]
     elif kind is FrameKind.ANSWER and state in (State.PARKED, State.PUSHING, State.WAITING):
-        assert (client.log, client.connection.state, sent) == ([RESPONSE], State.OVER, [])
+        assert (client.log, client.connection.state, sent) == ([Refusal.PROTOCOL], State.OVER, [])
     else:
         assert (client.log, client.connection.state) == ([], state)
         assert sent == ([] if kind in SILENT else [(WORKER, msgpack.unpackb(build_closed(1, 1)))])

@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from channel_layer.frames import Outcome
 from interface_server.client import Refusal
@@ -443,3 +445,68 @@ def test_the_state_can_be_seen() -> None:
     run(subject, start(), body(b"abc", True))
     assert repr(subject) == "<HttpExchange STREAMING status=200 framing=CHUNKS body_bytes=3 keep_alive=True>"
     assert subject.is_written
+
+
+WHOLE_HEADERS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            (
+                b"content-length",
+                b"Content-Length",
+                b"connection",
+                b"transfer-encoding",
+                b"date",
+                b"server",
+                b"x",
+                b"X-Y",
+            )
+        ),
+        st.sampled_from((b"", b"0", b"3", b"4", b"close", b"chunked", b"keep-alive", b"a\r\nb: c", b"\0", b"\n")),
+    ),
+    max_size=4,
+)
+
+
+@given(
+    method=st.sampled_from(("GET", "HEAD")),
+    http_version=st.sampled_from(("1.0", "1.1")),
+    keep_alive=st.booleans(),
+    expects_continue=st.booleans(),
+    status=st.sampled_from((100, 199, 200, 204, 304, 404, 418, 599, 999, 1000)),
+    headers=WHOLE_HEADERS,
+    body=st.sampled_from((b"", b"abc", b"x" * 16384, b"x" * 16385)),
+)
+def test_a_whole_response_is_written_as_its_parts_would_be(
+    method: str,
+    http_version: str,
+    keep_alive: bool,
+    expects_continue: bool,
+    status: int,
+    headers: list[tuple[bytes, bytes]],
+    body: bytes,
+) -> None:
+    whole, parts = (
+        exchange(
+            method=method,
+            http_version=http_version,
+            keep_alive=keep_alive,
+            expects_continue=expects_continue,
+            request_is_complete=not expects_continue,
+            server_headers=ServerHeaders(date=True, server=True, extra=((b"X-Y", b"z"),), clock=lambda: 0.0),
+        )
+        for _ in range(2)
+    )
+    output = parts.apply({"type": "http.response.start", "status": status, "headers": headers})
+    if parts.phase is Phase.STARTED:
+        output = parts.apply({"type": "http.response.body", "body": body, "more_body": False})
+    got = whole.apply_whole(status, headers, body)
+    assert (b"".join(got.data), got.end, got.problem) == (b"".join(output.data), output.end, output.problem)
+    assert (whole.phase, whole.status, whole.body_bytes) == (parts.phase, parts.status, parts.body_bytes)
+    assert got.end is not None
+
+
+def test_a_whole_response_behind_the_end_is_late() -> None:
+    over = exchange()
+    over.apply_refused(Refusal.STOPPING)
+    assert over.apply_whole(200, [], b"x") == NOTHING
+    assert over.late_count == 1
