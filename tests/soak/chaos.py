@@ -90,6 +90,7 @@ class Chaos:
         pause_s = self._chance.choice((0, 0.3, 1.5))
         self._soak.tell(f"SIGKILL of the broker, an empty one after {pause_s} s")
         with self._soak.outage():
+            self._soak.data_lost_at = self._soak.now()
             self._server.kill()
             await asyncio.sleep(pause_s)
             self._server.start()
@@ -103,6 +104,7 @@ class Chaos:
                 client.flushall()
 
         with self._soak.outage():
+            self._soak.data_lost_at = self._soak.now()
             await asyncio.to_thread(flush)
             self._soak.data_lost_at = self._soak.now()
 

@@ -17,8 +17,8 @@ from tests.soak.application import PIECE_BYTES, body_pieces
 # Nothing waits longer, whatever happened: a worker's death, noticed behind an outage, and a queue.
 PATIENCE_S = 60.0
 CONNECT_TIMEOUT_S = 60.0
-# A worker that has just started reaches, while the registry of groups is not whole, whom it has a link with. So long it
-# takes until it has one with each interface server.
+# A worker that has just started reaches, while the registry of groups is not whole, whom it has a link with. So long
+# it takes until it has one with each interface server.
 YOUNG_S = 1.0
 
 
