@@ -16,12 +16,23 @@ from channel_layer.connection import WINDOW_BYTES, WINDOW_BYTES_MIN
 from channel_layer.errors import WireError, repr_short
 from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS
 
-__all__ = ["FIRST_BODY_BYTES_MAX", "NO_BODY", "NO_BODY_ENCODED", "Opening", "decode_opening", "encode_opening"]
+__all__ = [
+    "FIRST_BODY_BYTES_MAX",
+    "NO_BODY",
+    "NO_BODY_ENCODED",
+    "SAFE_METHODS",
+    "Opening",
+    "decode_opening",
+    "encode_opening",
+]
 
 # The first piece of a request body travels with the opening: most forms and API calls fit, and 4096 waiting
 # openings then cost 32 MiB of broker memory at most for bodies.
 FIRST_BODY_BYTES_MAX: Final = 8 * 1024
 
+# RFC 9110 section 9.2.1, without TRACE, which no server of ours passes on. Such a request starts with the claim, and
+# may run a second time when the first one was lost.
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 # The first event of a request without a body, which most have: not worth encoding and decoding each time. Whoever
 # hands it to an application copies it.

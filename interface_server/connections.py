@@ -32,7 +32,7 @@ from channel_layer.frames import (
     build_closed,
     build_released,
 )
-from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, Opening, encode_opening
+from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, SAFE_METHODS, Opening, encode_opening
 from interface_server.broadcast import Broadcast, BroadcastMemory, BroadcastMemoryStatistics, FanOut, FanOutStatistics
 from interface_server.client import Client, Refusal
 from interface_server.client_connection import UNCLAIMED, ClientConnection, Run, State
@@ -48,8 +48,6 @@ __all__ = ["Connections", "ConnectionsStatistics"]
 _LOGGER: Final = logging.getLogger("trunkline.interface")
 
 _CHANNELS: Final = {"http": "http.request", "websocket": "websocket.connect"}
-# RFC 9110 section 9.2.1: these may run a second time, when the first one was lost.
-_SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _STREAM: Final = frozenset({int(FrameKind.EVENT), int(FrameKind.PIECE)})
 # How soon an opening is stored again after a failure of a broker that is said to be reachable; ``broker_wait_s``
 # ends the tries.
@@ -203,7 +201,7 @@ class Connections:
             is_repeatable=protocol == "websocket"
             or (
                 protocol == "http"
-                and scope.get("method") in _SAFE_METHODS
+                and scope.get("method") in SAFE_METHODS
                 and first_event is not None
                 and not first_event.get("more_body", False)
             ),

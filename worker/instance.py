@@ -54,7 +54,7 @@ from channel_layer.frames import (
     build_release,
     build_state,
 )
-from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, Opening
+from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, SAFE_METHODS, Opening
 from worker.application import Application, Scope
 from worker.events import Checkpoint, ClientDisconnected, HttpEvents, SentEvents, State, WebSocketEvents
 from worker.moving import REQUEST, Moving
@@ -75,9 +75,6 @@ _WAIT_FRAMES_SHOWN: Final = 4
 
 # A longer response leaves as events, within the client's credit, which an ANSWER does not ask for.
 _ANSWER_BYTES_MAX: Final = 16 * 1024
-
-# RFC 9110 section 9.2.1, without TRACE, which no server of ours passes on.
-SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Link(Protocol):
