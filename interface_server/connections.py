@@ -528,7 +528,7 @@ class Connections:
         self.layer.link_send(peer, build_closed(number, epoch))
 
     def _end(self, connection: ClientConnection, verdict: Outcome | Refusal) -> None:
-        if isinstance(verdict, Refusal):
+        if isinstance(verdict, Refusal) and connection.is_alive:
             self._refused_count[verdict.name] += 1
         connection.ended(verdict)
 

@@ -50,10 +50,6 @@ class Moving:
     def has_checkpoint(self) -> bool:
         return self._checkpoint_count > 0
 
-    @property
-    def is_frozen(self) -> bool:
-        return self.phase is MovingPhase.FROZEN
-
     def checkpoint(self, received_count: int, *, wants_notice: bool) -> bool:
         """The application stored a checkpoint. True: it is the last one, freeze as soon as it has left."""
         self._checkpoint_count += 1

@@ -539,6 +539,14 @@ async def test_an_instance_that_ends_before_it_accepts_closes_1012(bench, outcom
     assert client.log == [Refusal.NOT_ADOPTED]
 
 
+async def test_a_client_that_has_left_is_not_counted_as_refused(bench):
+    client = await accepted(bench)
+    client.connection.client_gone(GOODBYE)
+    bench.connections.peer_ended(WORKER, "killed")
+    assert client.connection.state is State.OVER
+    assert bench.connections.statistics().refused == {}
+
+
 async def test_a_client_that_leaves_on_the_way(bench):
     early, waiting, taken = [await accepted(bench) for _ in range(3)]
     bench.connections.peer_ended(WORKER, "killed")
