@@ -1,0 +1,168 @@
+"""Several brokers, one of which dies or hangs under load: Sentinels, a Cluster, shards. Real commands, real clients.
+
+50 WebSockets echo and 10 streams run through ``trunkline interface`` and ``trunkline worker``; none of them may lose,
+double, reorder or close anything. What the layer does by itself is in tests/channel_layer/test_topologies.py.
+"""
+
+import asyncio
+import contextlib
+import time
+
+import httpx
+import pytest
+
+from channel_layer.names import Keys
+from channel_layer.sharding import static_shard
+from tests.servers import ClusterServers, SentinelServers, shards
+from tests.system.processes import Command, wait_until
+from tests.system.test_broker_restart import download, talk
+
+APP = "tests.system.applications:application"
+SOCKETS = 50
+DOWNLOADS = 10
+LINES = 300
+PATIENCE_S = 60
+# New requests are served again so much later than the new master is there: three times the promise of one second,
+# and the openings that were lost with the old one are looked for after 2 s.
+RESUME_S = 3 + 2
+
+
+class Load:
+    """Clients that talk and download until they are told to stop."""
+
+    def __init__(self, url, client):
+        self._url = url
+        self._client = client
+        self._answered, self._stop = asyncio.Semaphore(0), asyncio.Event()
+
+    async def __aenter__(self):
+        echo_url = f"{self._url.replace('http', 'ws', 1)}/echo"
+        stream_url = f"{self._url}/numbers?n={LINES}&pause=0.03"
+        self._talks = [asyncio.create_task(talk(echo_url, self._answered, self._stop)) for _ in range(SOCKETS)]
+        self._downloads = [asyncio.create_task(download(self._client, stream_url)) for _ in range(DOWNLOADS)]
+        await self.answers(3 * SOCKETS)
+        return self
+
+    async def __aexit__(self, kind, *_):
+        self._stop.set()
+        if kind is not None:
+            for task in (*self._talks, *self._downloads):
+                task.cancel()
+            return
+        assert min(await asyncio.gather(*self._talks)) > 5
+        assert await asyncio.gather(*self._downloads) == [LINES] * DOWNLOADS
+
+    async def answers(self, count):
+        """Wait for so many answers from now on; fails at once when a client has failed."""
+        while not self._answered.locked():
+            await self._answered.acquire()
+        for _ in range(count):
+            waiting = asyncio.ensure_future(asyncio.wait_for(self._answered.acquire(), PATIENCE_S))
+            await asyncio.wait((waiting, *self._talks), return_when=asyncio.FIRST_COMPLETED)
+            for task in self._talks:
+                if task.done():
+                    waiting.cancel()
+                    task.result()
+            await waiting
+
+
+@contextlib.asynccontextmanager
+async def deployment(url, workers=2, interfaces=2):
+    """The two halves, as production runs them; yields the address and the commands."""
+    common = ("--redis", url)
+    with (
+        Command("interface", "--port", "0", "--no-access-log", f"--interfaces={interfaces}", *common) as interface,
+        Command("worker", APP, f"--workers={workers}", *common) as worker,
+    ):
+        try:
+            address = await asyncio.to_thread(interface.wait_for, r"serves .* on (http://\S+)")
+            await asyncio.to_thread(worker.wait_for, r"workers \(pid")
+            limits = httpx.Limits(max_connections=2 * DOWNLOADS)
+            async with httpx.AsyncClient(timeout=PATIENCE_S, limits=limits) as client:
+                yield address.group(1), client, (interface, worker)
+        finally:
+            # pytest shows it only after a failure (or with -s).
+            print(interface.output[-10_000:], worker.output[-10_000:], sep="\n")
+
+
+async def served_again(client, url):
+    """Wait until a new request is answered; return how long that took."""
+    began = time.monotonic()
+    while True:
+        answer = await client.get(url)
+        if answer.status_code == 200:
+            assert answer.text == "hello"
+            return time.monotonic() - began
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) > 0
+
+
+def nobody_was_taken_for_dead(commands):
+    for command in commands:
+        assert "is dead" not in command.output
+        assert "lose their application" not in command.output
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_a_failover_of_sentinels_is_a_pause(valkey_program, how):
+    with SentinelServers(valkey_program, password="masters", sentinel_password="theirs") as servers:
+        async with deployment(servers.url) as (url, client, commands):
+            async with Load(url, client) as load:
+                getattr(servers.master, how)()
+                try:
+                    await asyncio.to_thread(servers.wait_for_failover)
+                    assert await served_again(client, url) < RESUME_S
+                    await load.answers(5 * SOCKETS)
+                finally:
+                    if how == "pause":
+                        servers.master.resume()
+                # The old one comes back, as a replica of the new one.
+                await load.answers(5 * SOCKETS)
+            nobody_was_taken_for_dead(commands)
+            assert "theirs" not in commands[0].output + commands[1].output
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_a_failover_of_each_node_of_a_cluster_is_a_pause(valkey_program, how):
+    with ClusterServers(valkey_program) as servers:
+        async with deployment(servers.url) as (url, client, commands):
+            async with Load(url, client) as load:
+                # The one that has the queue of new requests.
+                queue = Keys().openings("http.request", 2)
+                victim = servers.owner_of(queue)
+                getattr(victim, how)()
+                try:
+                    await asyncio.to_thread(wait_until, lambda: servers.owner_of(queue) is not victim, 30, "failover")
+                    assert await served_again(client, url) < RESUME_S
+                    await load.answers(5 * SOCKETS)
+                finally:
+                    if how == "pause":
+                        victim.resume()
+                await load.answers(5 * SOCKETS)
+            nobody_was_taken_for_dead(commands)
+
+
+@pytest.mark.timeout(180)
+async def test_one_shard_down_stops_only_what_lives_there(valkey_program):
+    """Whose halves are both on the other shard goes on; the rest pauses, and nothing is lost or closed."""
+    with shards(valkey_program) as servers:
+        async with deployment(",".join(server.url for server in servers), workers=4, interfaces=4) as deployed:
+            url, client, commands = deployed
+            queue_shard = static_shard(Keys().openings("http.request", 2), 2)
+            async with Load(url, client) as load:
+                servers[1 - queue_shard].kill()
+                # Some of the talks are between processes on the shard that lives.
+                await load.answers(10)
+                await asyncio.sleep(8)
+                await load.answers(10)
+                # The queue lives; whoever takes from it and can be answered serves new requests.
+                statuses = [(await client.get(url)).status_code for _ in range(10)]
+                assert 200 in statuses
+                assert set(statuses) <= {200, 503}
+                servers[1 - queue_shard].start()
+                await load.answers(20 * SOCKETS)
+                assert await served_again(client, url) < RESUME_S
+                await asyncio.sleep(6)  # time to judge again
+            nobody_was_taken_for_dead(commands)
