@@ -37,6 +37,10 @@ _COMPRESSED_BINARY: Final = 0xC2
 # 1 KiB and 8 us for 64 KiB; as a number 2.2 and 165).
 _NUMBER_BYTES_MAX: Final = 1024
 
+# So many frames are read in one turn of the loop: 2 to 4 ms with what becomes of them. One read may hold 10,922
+# pings, and everybody else would wait for all of them. The rest waits, with the transport paused, for the next turn.
+_TURN_FRAMES_MAX: Final = 256
+
 # A message of many fragments is joined when it has so many pieces: each is an object of some 35 bytes beside its
 # content, and a message of 16 MiB may come in fragments of one byte.
 _PIECES_MAX: Final = 256
@@ -91,13 +95,21 @@ class FrameReader(WebSocketServerProtocol):
         fault: Callable[[int, str], None],
         message_bytes_max: int,
         window_bits: int | None = None,
+        turn_over: Callable[[], None] | None = None,
     ) -> None:
-        """``window_bits``: what the client may compress with; None: messages must not be compressed."""
+        """``window_bits``: what the client may compress with; None: messages must not be compressed.
+
+        ``turn_over`` is called when enough was read for one turn of the loop (``is_behind``): stop feeding, and call
+        ``next_turn`` in the next one. None: all is read at once.
+        """
         self._message = message
         self._ping = ping
         self._close_frame = close_frame
         self._fault = fault
         self._message_bytes_max = message_bytes_max  # beyond: fault 1009
+        self._turn_over = turn_over
+        self._left = _TURN_FRAMES_MAX  # frames of this turn
+        self.is_behind = False  # frames wait for the next turn
         self._is_paused = False
         self._is_stopped = False  # by a Close or a fault: nothing behind it means anything (RFC 6455 section 5.5.1)
         self._is_running = False  # a call of _run is under way
@@ -135,7 +147,15 @@ class FrameReader(WebSocketServerProtocol):
             self._at = 0
         else:
             self._unfed = data
-        if not self._is_paused and not self._is_running:
+        if not self._is_paused and not self._is_running and not self.is_behind:
+            self._left = _TURN_FRAMES_MAX
+            self._run()
+
+    def next_turn(self) -> None:
+        """Go on behind ``turn_over``."""
+        self.is_behind = False
+        self._left = _TURN_FRAMES_MAX
+        if not self._is_paused and not self._is_running and not self._is_stopped:
             self._run()
 
     def pause(self) -> None:
@@ -144,7 +164,7 @@ class FrameReader(WebSocketServerProtocol):
 
     def resume(self) -> None:
         self._is_paused = False
-        if not self._is_running and not self._is_stopped:
+        if not self._is_running and not self._is_stopped and not self.is_behind:
             self._run()
 
     def stop(self) -> None:
@@ -160,6 +180,10 @@ class FrameReader(WebSocketServerProtocol):
         self._is_running = True
         try:
             while not self._is_paused and not self._is_stopped:
+                if self._left <= 0 and self._turn_over is not None and self._at < len(self._unfed):
+                    self.is_behind = True
+                    self._turn_over()
+                    return
                 if (
                     self.current_frame is None
                     and not self.inside_message
@@ -171,6 +195,7 @@ class FrameReader(WebSocketServerProtocol):
                     self._unfed = b""
                     self._at = 0
                     return
+                self._left -= 1
                 self._feed_autobahn()
         finally:
             self._is_running = False
@@ -226,8 +251,9 @@ class FrameReader(WebSocketServerProtocol):
                 self._message(text)
             else:
                 self._message(payload)
+            self._left -= 1
             # Whoever was called may have paused, stopped or fed us.
-            if self._is_paused or self._unfed is not unfed:
+            if self._is_paused or self._unfed is not unfed or self._left == 0:
                 return False
         return True
 

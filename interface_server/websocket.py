@@ -10,7 +10,9 @@ Does not live here: the rules (protocol/websocket_handshake.py, protocol/websock
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import random
 from typing import TYPE_CHECKING, Any, Final
@@ -83,11 +85,14 @@ class WebSockets:
         access_log: AccessLog,
         deadlines: Deadlines,
         server_headers: ServerHeaders,
+        call_soon: Callable[[Callable[[], None]], Any] | None = None,
     ) -> None:
+        """``call_soon``: of the loop that runs; None: asyncio's."""
         self.settings = settings
         self.connections = connections
         self.access_log = access_log
         self.deadlines = deadlines
+        self._call_soon = call_soon
         self.answers = Http1Answers(server_headers)
         self.http2_answers = Http2Answers(server_headers)
         self.clients: set[WebSocketClient] = set()  # until their sockets are gone; bounded by the sockets
@@ -97,6 +102,10 @@ class WebSockets:
 
     def __repr__(self) -> str:
         return f"<WebSockets {len(self.clients)}>"
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call back in the next turn of the loop, behind what others have to read."""
+        (self._call_soon or asyncio.get_running_loop().call_soon)(callback)
 
     def statistics(self) -> WebSocketsStatistics:
         states = [client.state for client in self.clients]
@@ -443,6 +452,7 @@ class WebSocketClient:
             fault=self._fault_found,
             message_bytes_max=shared.settings.ws_max_size_bytes,
             window_bits=None if deflate is None else deflate.client_window_bits,
+            turn_over=self._turn_over,
         )
         interval_s = shared.settings.ws_ping_interval_s
         if interval_s:
@@ -466,8 +476,28 @@ class WebSocketClient:
         except Exception:
             self._reader_failed(reader)
 
+    def _turn_over(self) -> None:
+        """So much has come at once that the others have their turn now."""
+        self._pause_transport()
+        self._shared.call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        if self not in self._shared.clients:
+            return
+        reader = self._reader
+        if reader is not None:
+            try:
+                reader.next_turn()
+            except Exception:
+                self._reader_failed(reader)
+            if reader.is_behind:
+                return
+        if not self._application_is_full and self._discarded_bytes <= _DISCARDED_BYTES_MAX:
+            self._resume_transport()
+
     def _resume(self, reader: FrameReader) -> None:
-        self._resume_transport()
+        if not reader.is_behind:
+            self._resume_transport()
         try:
             reader.resume()
         except Exception:

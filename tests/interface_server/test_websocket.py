@@ -121,9 +121,15 @@ class World:
             access_log=self.access_log,
             deadlines=Deadlines(call_later=self.clock.call_later, clock=self.clock),
             server_headers=ServerHeaders(date=False, server=True, clock=self.clock),
+            call_soon=lambda callback: self.turns.append(callback),
         )
+        self.turns = []  # what waits for the next turn of the loop
         self.transport = FakeTransport()
         self.client = self.shared.upgrade(head or build_head(), peer=PEER, transport=self.transport)
+
+    def run_turns(self):
+        while self.turns:
+            self.turns.pop(0)()
 
     @property
     def connection(self):
@@ -391,8 +397,43 @@ def test_a_read_full_of_empty_messages_and_a_pause_after_the_first():
         assert not world.transport.is_reading
     world.connections.application = None
     world.client.resume_reading()
+    assert not world.transport.is_reading
+    world.run_turns()
     assert world.events() == [b""] * 10_922
     assert world.transport.is_reading
+
+
+@pytest.mark.parametrize("frame", [client_frame(9, b"p"), client_frame(2, b"m"), client_frame(10)])
+def test_a_read_full_of_small_frames_takes_many_turns(frame):
+    """Between them all others are read; meanwhile the flood's own socket is not."""
+    world = opened()
+    world.client.data_received(frame * 1000)
+    turns = 1
+    while world.turns:
+        assert not world.transport.is_reading
+        world.client.pause_reading()
+        world.client.resume_reading()  # changes nothing: it is not its turn
+        assert not world.transport.is_reading
+        world.client.data_received(frame)  # what was on its way although it is paused
+        assert len(world.turns) == 1
+        world.turns.pop()()
+        turns += 1
+    assert turns > 3
+    assert world.transport.is_reading
+    if frame[0] == 0x82:
+        assert world.events() == [b"m"] * (1000 + turns - 1)
+
+
+def test_an_end_between_two_turns():
+    for end in ("lost", "closed"):
+        world = opened()
+        world.client.data_received(client_frame(9, b"p") * 1000)
+        if end == "lost":
+            world.client.connection_lost()
+        else:
+            world.connection.send({"type": "websocket.close"})
+        world.run_turns()
+        assert world.transport.is_reading == (end == "closed")
 
 
 def test_a_transport_that_goes_on_although_paused_is_not_listened_to():

@@ -300,9 +300,8 @@ async def download_for_ever(number, soak):
     while not soak.is_over:
         seed, pieces, pause_s = plan()
         began_at = soak.now()
-        head = (
-            f"GET /download?seed={seed}&pieces={pieces}&pause={pause_s} HTTP/1.1\r\nHost: soak\r\nConnection: close"
-        )
+        target = f"/download?seed={seed}&pieces={pieces}&pause={pause_s}"
+        head = f"GET {target} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n\r\n"
         pid, got = 0, 0
         try:
             status, headers, reader, writer = await request(soak.port, head.encode())
