@@ -296,7 +296,7 @@ class OwnServer:
 
     async def stop(self, at_once: asyncio.Event, *, drain_timeout_s: float) -> None:
         """Accept nobody, tell all clients, one after the other, leave. ``at_once`` ends the waiting."""
-        _LOGGER.info("%r stops", self)
+        _LOGGER.info("interface server %s stops", self._layer.process_id)
         ports, self._ports = self._ports, []
         for port in ports:
             await port.stopListening().asFuture(self.loop)

@@ -29,5 +29,8 @@ def ask(what: str, host: str, port: int) -> int:
         return 1
     finally:
         connection.close()
+    if answer.getheader("Content-Type") != "application/json":
+        print(f"trunkline: what answers on {host}:{port} is not an admin port of Trunkline", file=sys.stderr)
+        return 1
     print(text)
     return 0 if answer.status == 200 else 1

@@ -86,4 +86,5 @@ def _load(config_file: str) -> None:
     except UsageError:
         raise
     except Exception as error:  # logging.config raises whatever its parts raise
-        raise UsageError(f"--log-config: {config_file} cannot be used: {error}") from error
+        text = " ".join(str(error).split())  # configparser's span lines
+        raise UsageError(f"--log-config: {config_file} cannot be used: {text}") from error

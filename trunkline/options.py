@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from channel_layer.encryption import read_keys
+from channel_layer.errors import InvalidName
 from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS
+from channel_layer.names import Keys
 
 __all__ = ["OPTIONS", "Option", "UsageError", "build_parser", "parse", "render_flags", "render_secrets"]
 
@@ -32,6 +35,13 @@ ALL: Final = (SERVE, INTERFACE, WORKER)
 EVERY: Final = (SERVE, INTERFACE, WORKER, HEALTH)
 SOCKETS: Final = (SERVE, INTERFACE)
 APPLICATION: Final = (SERVE, WORKER)
+
+
+# What loops, timers and the broker's milliseconds can all hold, and nobody waits for.
+_SECONDS_MAX: Final = 365 * 24 * 3600
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2: a token
+_HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # section 5.5
 
 
 class UsageError(Exception):
@@ -90,6 +100,8 @@ def _seconds(*, zero_is_off: bool = False) -> Callable[[str], float]:
             raise ValueError("a number of seconds is expected") from None
         if not 0 <= value < float("inf") or (value == 0 and not zero_is_off):
             raise ValueError("a number of seconds above 0 is expected" + (", or 0 for none" if zero_is_off else ""))
+        if value > _SECONDS_MAX:
+            raise ValueError(f"at most {_SECONDS_MAX} seconds (a year) are expected")
         return value
 
     return convert
@@ -110,12 +122,22 @@ def _certificate_demand(text: str) -> str:
 
 def _header(text: str) -> tuple[bytes, bytes]:
     name, colon, value = text.partition(":")
-    if not colon or not name.strip() or any(c in text for c in "\r\n\0"):
-        raise ValueError("Name:Value is expected")
-    return name.strip().lower().encode("latin-1"), value.strip().encode("latin-1")
+    name, value = name.strip(), value.strip(" \t")
+    if not colon or not _HEADER_NAME.fullmatch(name) or not _HEADER_VALUE.fullmatch(value):
+        raise ValueError("Name:Value is expected, as HTTP writes it")
+    return name.lower().encode("ascii"), value.encode("latin-1")
+
+
+def _prefix(text: str) -> str:
+    try:
+        return Keys(text).prefix
+    except InvalidName:
+        raise ValueError("ASCII letters, digits, '.', ':', '-' and '_' are expected") from None
 
 
 def _encryption_key(text: str) -> str:
+    if not text.strip():  # an unset variable of a shell, say; nobody shall believe that it is encrypted
+        raise ValueError("a key, or @FILE, is expected")
     read_keys([text])  # a file that cannot be read is told now; each process reads it again when it starts
     return text
 
@@ -143,7 +165,12 @@ OPTIONS: Final[tuple[Option, ...]] = (
         help="the broker: redis://, rediss:// or unix:// URL, redis+sentinel://…/MASTER, redis+cluster://…; several "
         "with commas between them are shards (serve: an embedded one if absent)",
     ),
-    Option(flag="prefix", commands=ALL, help="keys begin with this, so that deployments can share a broker"),
+    Option(
+        flag="prefix",
+        commands=ALL,
+        convert=_prefix,
+        help="keys begin with this, so that deployments can share a broker (trunkline)",
+    ),
     Option(
         flag="encryption-keys",
         commands=ALL,
@@ -582,10 +609,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{self.prog}: {message}")
 
 
+_ARGUMENTS: Final = {SERVE: " APP", INTERFACE: "", WORKER: " APP", HEALTH: " [ready | live]"}
+
+
 def build_parser(version: str) -> argparse.ArgumentParser:
     """Return the parser of the whole command. It raises UsageError instead of leaving the process."""
     parser = _Parser(
         prog="trunkline",
+        allow_abbrev=False,  # what is unique today is ambiguous with the next flag
         description="Serves ASGI applications with the sockets in one process and the application in another.",
     )
     parser.add_argument("--version", action="version", version=f"trunkline {version}")
@@ -599,11 +630,14 @@ def build_parser(version: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             command,
             help=summary,
+            allow_abbrev=False,
+            usage=f"trunkline {command} [FLAG …]{_ARGUMENTS[command]}",
             description=summary.capitalize() + ".",
-            epilog="Each flag may be given as an environment variable: TRUNKLINE_, then its name in capitals.",
+            epilog="Each flag may be given as an environment variable: TRUNKLINE_, then its name in capitals, with _ "
+            "for -. Defaults are in brackets.",
         )
         if command in APPLICATION:
-            sub.add_argument("app", metavar="APP", nargs="?", help="module:attribute")
+            sub.add_argument("app", metavar="APP", nargs="?", help="module:attribute (or TRUNKLINE_APP)")
         if command == HEALTH:
             sub.add_argument("what", choices=("ready", "live"), nargs="?", default="ready", help="ready unless given")
         for option in OPTIONS:
@@ -650,6 +684,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping
         elif option.convert is not None:
             value = _convert(option, value, f"--{option.flag}")
         setattr(options, option.name, value)
+    if options.command == SERVE and options.reload_dir is not None and options.reload is None:
+        raise UsageError("trunkline serve: --reload-dir is given, and --reload is not")
+    if options.command in SOCKETS and options.fd is not None and options.uds is not None:
+        raise UsageError(f"trunkline {options.command}: --fd and --uds are given, one of them is expected")
     if options.command in APPLICATION:
         options.app = options.app or environ.get("TRUNKLINE_APP")
         if not options.app:

@@ -119,6 +119,18 @@ def test_wrong_use_of_health_is_one_line():
     assert asked.stderr.startswith("trunkline: nothing answers on 127.0.0.1:")
 
 
+def test_health_of_something_else_is_one_line():
+    """A number that is mistaken for the admin port's: the application's own, say."""
+    with Served(APP) as served:
+        port = served.port
+        asked = health("--admin-port", str(port))
+    assert (asked.returncode, asked.stdout, asked.stderr) == (
+        1,
+        "",
+        f"trunkline: what answers on 127.0.0.1:{port} is not an admin port of Trunkline\n",
+    )
+
+
 @pytest.mark.parametrize(
     "argv", [("serve", APP, "--port", "0"), ("worker", APP), ("interface", "--port", "0")], ids=lambda argv: argv[0]
 )

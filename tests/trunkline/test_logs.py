@@ -54,3 +54,11 @@ def test_a_broken_configuration_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"--log-config: .*log\.json cannot be used"):
         configure_logging(None, str(path))
     assert logging.getLogger("trunkline").handlers == before
+
+
+def test_a_configuration_without_sections_is_one_line(tmp_path):
+    path = tmp_path / "log.ini"
+    path.write_text("no section")
+    with pytest.raises(UsageError, match=r"--log-config: .*log\.ini cannot be used: .*no section headers") as caught:
+        configure_logging(None, str(path))
+    assert "\n" not in str(caught.value)
