@@ -61,6 +61,7 @@ class BrokerStatistics:
     command_count: int
     overloaded_count: int
     noscript_count: int
+    redirected_count: int  # commands that a node of a Cluster sent elsewhere
     written_bytes: int
     received_bytes: int
 
@@ -205,6 +206,7 @@ class Broker:
             command_count=counters.command_count,
             overloaded_count=counters.overloaded_count,
             noscript_count=counters.noscript_count,
+            redirected_count=0 if self._cluster is None else self._cluster.redirected_count,
             written_bytes=counters.written_bytes,
             received_bytes=counters.received_bytes,
         )

@@ -173,12 +173,10 @@ class Cluster:
         self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # detours and retirements under way
         self._counters = CommandCounters()  # of connections that only ask
-        self._moved_count = 0
-        self._asked_count = 0
+        self.redirected_count = 0
 
     def __repr__(self) -> str:
-        redirected = f"{self._moved_count} moved, {self._asked_count} asked"
-        return f"<Cluster {self._place}, {len(self.shards)} shards, {redirected}>"
+        return f"<Cluster {self._place}, {len(self.shards)} shards, {self.redirected_count} redirected>"
 
     def owner(self, slot: int) -> BrokerShard:
         return self._owner[slot]
@@ -247,14 +245,13 @@ class Cluster:
         if redirect is None:
             return False
         errand.redirect_count += 1
+        self.redirected_count += 1
         if errand.redirect_count > REDIRECTS_MAX:
             errand.fail(BrokerUnavailable(f"broker {self._place}: its nodes do not agree about a key: {text}"))
             return True
         if redirect.kind == "ASK" and redirect.node is not None:
-            self._asked_count += 1
             self._ask_once(errand, redirect.node)
         else:
-            self._moved_count += 1
             detour = self._detours.get(shard)
             if detour is None:
                 detour = self._detours[shard] = _Detour(self._slots.get(shard, frozenset()))

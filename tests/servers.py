@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -53,11 +54,15 @@ def find_redis_server() -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on 127.0.0.1 that nobody listens on at this moment.
+
+    Below those that the kernel gives to outgoing connections: one of those could take it before a server starts.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.randrange(12_000, 32_000)))
+            port: int = probe.getsockname()[1]
+            return port
 
 
 class BrokerServer:
@@ -292,7 +297,7 @@ class ClusterServers:
     """Three masters with a third of the slots each, and a replica for each of them."""
 
     def __init__(
-        self, program: str, *, node_timeout_ms: int = 1000, replicas: bool = True, options: Sequence[str] = ()
+        self, program: str, *, node_timeout_ms: int = 2000, replicas: bool = True, options: Sequence[str] = ()
     ):
         self._stack = contextlib.ExitStack()
         own = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import ipaddress
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from channel_layer import Publisher
 from channel_layer.broker import Broker
 from channel_layer.errors import BrokerUnavailable
 from channel_layer.leases import LeaseKeeper
+from channel_layer.names import Keys
 from tests.servers import BrokerServer, free_port
 
 
@@ -122,3 +125,64 @@ async def test_tls_against_a_port_without_and_the_other_way_round(tls_server: Tl
         await Broker(f"redis://127.0.0.1:{tls_server.tls_port}", client_name="test").connect()
     with BrokerServer(redis_program, tcp=True) as server, pytest.raises(BrokerUnavailable, match=r"TLS|timed|answer"):
         await Broker(f"rediss://127.0.0.1:{server.port}?socket_connect_timeout=1", client_name="test").connect()
+
+
+class TlsSentinel(TlsServer):
+    """A Sentinel that watches one master, and is asked over TLS or over its plain port."""
+
+    def __init__(self, program: str, directory: Path, master: TlsServer) -> None:
+        super().__init__(program, directory)
+        self.port = free_port()
+        self._file = self.directory / "sentinel.conf"
+        self._file.write_text(f"sentinel monitor trunk 127.0.0.1 {master.tls_port} 1\ndir {self.directory}\n")
+
+    def command(self) -> list[str]:
+        ports = ("--port", str(self.port), "--tls-replication", "yes")
+        return [self.program, str(self._file), *ports, *self.options, "--sentinel"]
+
+
+async def test_sentinels_and_their_master_over_tls(
+    tls_server: TlsServer, certificate: Path, redis_program: str
+) -> None:
+    with TlsSentinel(redis_program, certificate, tls_server) as sentinel:
+        option = f"ssl_ca_certs={certificate}/cert.pem"
+        for url in (
+            f"rediss+sentinel://127.0.0.1:{sentinel.tls_port}/trunk?{option}",
+            f"rediss+sentinel://127.0.0.1:{sentinel.port}/trunk?{option}&sentinel_ssl=false",
+        ):
+            await use_everything(url, tls_server)
+        with pytest.raises(BrokerUnavailable, match="none of its Sentinels"):
+            await Broker(f"rediss+sentinel://127.0.0.1:{sentinel.port}/trunk?{option}", client_name="test").connect()
+
+
+async def test_a_cluster_over_tls(redis_program: str, certificate: Path) -> None:
+    server = TlsServer(redis_program, certificate)
+    server.options = (
+        *server.options,
+        *("--cluster-enabled", "yes", "--tls-cluster", "yes", "--cluster-port", str(free_port())),
+    )
+    with server, server.client() as client:
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        while "cluster_state:ok" not in str(client.execute_command("CLUSTER", "INFO")):
+            pass
+        # Alone it does not know its own address, and names none: the one that was asked holds.
+        url = f"rediss+cluster://127.0.0.1:{server.tls_port}?ssl_ca_certs={certificate}/cert.pem"
+        await use_everything(url, server)
+
+
+async def use_everything(url: str, server: TlsServer) -> None:
+    """Commands, a blocking read, a lease and a plain call."""
+    broker = Broker(url, client_name="test")
+    await broker.connect()
+    await broker.call("RPUSH", "list", "x")
+    assert await broker.open_reader().pop(["list"], 1) == ("list", [b"x"])
+    keeper = LeaseKeeper(url, "lease", b"value")
+    keeper.start()
+    async with asyncio.timeout(20):
+        while await broker.call("GET", "lease") != b"value":
+            assert keeper.statistics().outage_count == 0
+    await asyncio.to_thread(keeper.stop)
+    with Publisher(url) as publisher:
+        await asyncio.to_thread(publisher.send, "work", {"type": "x"})
+    assert await broker.call("UNLINK", Keys().normal("work")) == 1
+    await broker.close()
