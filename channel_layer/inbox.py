@@ -82,7 +82,11 @@ class _ElementEntry(_Entry):
     def __init__(
         self, message: bytes, capacity: int, expiry_ms: int, name: str, loop: asyncio.AbstractEventLoop
     ) -> None:
-        super().__init__(message, capacity, expiry_ms, None)
+        # As _Entry does; one call less for each request.
+        self.message = message
+        self.capacity = capacity
+        self.expiry_ms = expiry_ms
+        self.future = None
         self.name = name
         self._loop = loop
         self._callback: Callable[[Any], object] | None = None

@@ -24,6 +24,7 @@ __all__ = [
     "Opening",
     "decode_opening",
     "encode_opening",
+    "pack_opening",
 ]
 
 # The first piece of a request body travels with the opening: most forms and API calls fit, and 4096 waiting
@@ -84,6 +85,23 @@ def encode_opening(opening: Opening) -> bytes:
             opening.window_bytes,
             *((True,) if opening.is_handover else ()),  # a release that does not know it ignores it
         ]
+    )
+
+
+def pack_opening(
+    version: int,
+    interface: str,
+    connection: int,
+    epoch: int,
+    reply_channel: str,
+    scope: dict[str, Any],
+    first_event: bytes | None,
+    tell_receiving: bool,
+    window_bytes: int,
+) -> bytes:
+    """As ``encode_opening`` of one that is no hand-over, without making an Opening for each request."""
+    return _pack(
+        (version, interface, connection, epoch, reply_channel, scope, first_event, tell_receiving, window_bytes)
     )
 
 

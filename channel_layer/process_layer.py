@@ -643,10 +643,17 @@ class RedisProcessLayer(ChannelsBackend):
 
     def link_send(self, peer: str, frame: bytes) -> None:
         """See base.ProcessLayer."""
-        self._links().send(peer, frame)
+        parts = self._parts
+        if parts is not None and parts.links is not None:  # as _links(), for what happens with each request
+            parts.links.send(peer, frame)
+        else:
+            self._links().send(peer, frame)
 
     def link_is_congested(self, peer: str) -> bool:
         """See base.ProcessLayer."""
+        parts = self._parts
+        if parts is not None and parts.links is not None:
+            return parts.links.is_congested(peer)
         return self._links().is_congested(peer)
 
     def _links(self) -> Links:

@@ -32,7 +32,7 @@ from channel_layer.frames import (
     build_closed,
     build_released,
 )
-from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, SAFE_METHODS, Opening, encode_opening
+from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, SAFE_METHODS, pack_opening
 from interface_server.broadcast import Broadcast, BroadcastMemory, BroadcastMemoryStatistics, FanOut, FanOutStatistics
 from interface_server.client import Client, Refusal
 from interface_server.client_connection import UNCLAIMED, ClientConnection, Run, State
@@ -210,20 +210,19 @@ class Connections:
         extensions["channel_layer"] = {"reply_channel": reply_channel}
         if protocol == "websocket" and self.handover_mode is not HandoverMode.NEVER:
             extensions["websocket.handover"] = {}
-        connection.opening = encode_opening(
-            Opening(
-                interface=self.layer.process_id,
-                connection=number,
-                epoch=connection.epoch,
-                reply_channel=reply_channel,
-                scope=scope,
-                first_event=encoded,
-                tell_receiving=tell_receiving,
-                window_bytes=self.settings.window_bytes,
-                version=self.settings.wire_version,
-            )
+        settings = self.settings
+        connection.opening = pack_opening(
+            settings.wire_version,
+            self.layer.process_id,
+            number,
+            connection.epoch,
+            reply_channel,
+            scope,
+            encoded,
+            tell_receiving,
+            settings.window_bytes,
         )
-        maximum = self.settings.connections_max
+        maximum = settings.connections_max
         is_too_many = maximum > 0 and self.open_count >= maximum
         self._connections[number] = connection
         self._reply_channels[reply_channel] = connection

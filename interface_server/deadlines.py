@@ -69,7 +69,10 @@ class Deadlines:
             self.disarm(item)
         now = self.clock()
         item.deadline_tick = tick = int((now + delay_s) / self._tick_s) + 1
-        self._slots.setdefault(tick, set()).add(item)
+        slot = self._slots.get(tick)
+        if slot is None:
+            slot = self._slots[tick] = set()
+        slot.add(item)
         self._armed_count += 1
         if self._timer is None:
             self._next_tick = int(now / self._tick_s)

@@ -476,16 +476,18 @@ def _cut_body(start: Event | None, body: bytes, more_body: bool, *, with_trailer
 
 def _build_headers(kind: str, headers: Any) -> list[tuple[bytes, bytes]]:
     """Any iterable of pairs of bytes, as a list with lower-case names."""
-    if isinstance(headers, str | bytes | Mapping):
-        raise _wrong(kind, "headers", headers, "an iterable of [name, value]")
-    try:
-        pairs = list(headers)
-    except TypeError:
-        raise _wrong(kind, "headers", headers, "an iterable of [name, value]") from None
+    pairs = headers
+    if type(headers) is not list and type(headers) is not tuple:
+        if isinstance(headers, str | bytes | Mapping):
+            raise _wrong(kind, "headers", headers, "an iterable of [name, value]")
+        try:
+            pairs = list(headers)
+        except TypeError:
+            raise _wrong(kind, "headers", headers, "an iterable of [name, value]") from None
     built = []
     for index, pair in enumerate(pairs):
         try:
-            if isinstance(pair, str | bytes):  # two characters would unpack, too
+            if type(pair) is not tuple and isinstance(pair, str | bytes):  # two characters would unpack, too
                 raise TypeError
             name, value = pair
         except (TypeError, ValueError):

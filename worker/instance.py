@@ -780,7 +780,7 @@ class Instance:
         self._ended(self)
 
     def _report_incomplete(self) -> None:
-        if self._refusal is not None:
+        if self._sent.state is State.COMPLETE or self._refusal is not None:
             return
         if self._sent.state in (State.WAITING, State.STARTED, State.TRAILERS, State.REFUSING):
             logger.error("%s: the application returned, but %s", self.describe(), self._sent.state.value)

@@ -56,8 +56,8 @@ def _is_host(value: bytes) -> bool:
     return _HOST.fullmatch(value) is not None
 
 
-# What a head may consist of. Control bytes are refused (RFC 9110 section 5.5), bytes from 0x80 on are opaque.
-_HEAD_BYTES: Final = bytes((0x09, 0x0A, 0x0D, *range(0x20, 0x7F), *range(0x80, 0x100)))
+# What a head may consist of, beside line ends. Control bytes are refused (RFC 9110 section 5.5), bytes from 0x80 on are opaque.
+_FIELD_BYTES: Final = bytes((0x09, *range(0x20, 0x7F), *range(0x80, 0x100)))
 # The same for a search: a control byte, or a CR that is not followed by LF (only where the next byte is known).
 _FORBIDDEN: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]")
 
@@ -218,9 +218,7 @@ class RequestReader:
             or line_end > limits.request_line_bytes_max
             or len(head) > limits.head_bytes_max
             or line_count - 2 > limits.headers_max
-            or head.count(b"\n") != line_count
-            or head.count(b"\r") != line_count
-            or head.translate(None, _HEAD_BYTES)
+            or len(head.translate(None, _FIELD_BYTES)) != 2 * line_count  # CR and LF in pairs, and nothing forbidden
             or b"\n " in head
             or b"\n\t" in head
         ):
@@ -305,9 +303,11 @@ class RequestReader:
         if b"connection" in fields.read:
             tokens = _tokens(read(b"connection", _NO_VALUES))
             keep_alive = b"close" not in tokens and (is_modern or b"keep-alive" in tokens)
-        body_bytes = self._read_framing(
-            read(b"content-length", _NO_VALUES), read(b"transfer-encoding", _NO_VALUES), is_modern=is_modern
-        )
+        body_bytes: int | None = 0
+        if b"content-length" in fields.read or b"transfer-encoding" in fields.read:
+            body_bytes = self._read_framing(
+                read(b"content-length", _NO_VALUES), read(b"transfer-encoding", _NO_VALUES), is_modern=is_modern
+            )
         expects_continue = False
         expectations = read(b"expect", _NO_VALUES)
         if expectations and is_modern:  # a server must ignore it in HTTP/1.0

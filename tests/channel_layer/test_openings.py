@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from channel_layer.codec import encode_event
 from channel_layer.errors import WireError
-from channel_layer.openings import Opening, decode_opening, encode_opening
+from channel_layer.openings import Opening, decode_opening, encode_opening, pack_opening
 
 OPENING = Opening(
     interface="i7",
@@ -48,6 +48,7 @@ def test_tuples_of_the_scope_become_lists() -> None:
 
 def test_the_wire_is_this_array() -> None:
     assert encode_opening(OPENING) == msgpack.packb(FIELDS)
+    assert pack_opening(*FIELDS) == msgpack.packb(FIELDS)
 
 
 def test_the_previous_version_is_read_and_written() -> None:
