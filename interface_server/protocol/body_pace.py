@@ -1,9 +1,9 @@
 """How long a client may still take for its request body. No I/O.
 
-A client may be silent for some time; that allowance is used up while we wait for it, and grows again by what it sends,
-a second for each ``rate`` bytes. So one that sends at that rate or faster may go on for ever, and one that sends a byte
-now and then, to hold a place in a worker (slowloris), is out of time soon. Time in which nobody waits for the client
-(its application does not take the body) does not count.
+A client may be silent for some time; that allowance is used up while we wait for it, and grows again by what it
+sends, a second for each ``rate`` bytes. So one that sends at that rate or faster may go on for ever, and one that
+sends a byte now and then, to hold a place in a worker (slowloris), is out of time soon. Time in which nobody waits
+for the client (its application does not take the body) does not count.
 """
 
 from __future__ import annotations

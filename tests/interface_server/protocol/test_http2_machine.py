@@ -129,7 +129,15 @@ def test_what_follows_on_a_stream_that_was_reset_is_nobody_s() -> None:
 
 @pytest.mark.parametrize(
     ("length", "sizes", "trailers"),
-    [(3, (4,), None), (3, (2, 2), None), (3, (1, 1), None), (3, (2, 0), None), (3, (0,), None), (3, (2,), ()), (3, (2,), (("content-length", "2"),))],
+    [
+        (3, (4,), None),
+        (3, (2, 2), None),
+        (3, (1, 1), None),
+        (3, (2, 0), None),
+        (3, (0,), None),
+        (3, (2,), ()),
+        (3, (2,), (("content-length", "2"),)),
+    ],
 )
 def test_a_body_that_is_not_as_long_as_it_says(length: int, sizes: Any, trailers: Any) -> None:
     world = World()
