@@ -1,6 +1,6 @@
 """A Django project on Trunkline: a notice board whose visitors see new notices at once.
 
-    pip install "trunkline[all]" "channels>=4.2" "django>=5.0" "whitenoise>=6.7"
+    pip install ".[all]" "channels>=4.2" "django>=5.0" "whitenoise>=6.7"
     cd examples/django_site
     python manage.py migrate
     python manage.py createsuperuser
