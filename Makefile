@@ -10,7 +10,7 @@ PORT ?= 8000
 # Most tests wait for processes, not for the processor.
 JOBS ?= 3
 
-.PHONY: run test style types tests compose-test autobahn soak bench conformance format clean
+.PHONY: run test style types tests compose-test autobahn soak bench bench-readme bench-capacity conformance format clean
 
 run: $(VENV)/.run  ## start the chat example and print its address
 	$(BIN)/trunkline serve --app-dir examples/chat chat:application --host $(HOST) --port $(PORT) --workers 2
@@ -40,6 +40,13 @@ soak: $(VENV)/.dev  ## break everything at random and count what is lost
 # Servers of the comparison and ours in one environment. ARGS="--quick", ARGS="--only http,echo": see bench.py.
 bench: benchmarks/.venv/.installed benchmarks/load  ## measure against Daphne, uvicorn and granian
 	benchmarks/.venv/bin/python benchmarks/bench.py $(ARGS)
+
+bench-readme: benchmarks/.venv/.installed  ## put the figures of the last full `make bench` into README's table
+	benchmarks/.venv/bin/python benchmarks/readme_table.py $(ARGS)
+
+# ARGS="--only blobs,groups", ARGS="--program redis-server --tcp": see broker_capacity.py.
+bench-capacity: benchmarks/.venv/.installed benchmarks/load  ## CPU of the broker, and of our processes, for each operation
+	benchmarks/.venv/bin/python benchmarks/broker_capacity.py $(ARGS)
 
 # ARGS="--servers trunkline,daphne", ARGS="--only A9,W12": see benchmarks/conformance/__main__.py.
 conformance: benchmarks/.venv/.installed  ## ask Trunkline and four other servers the same questions about ASGI

@@ -2,7 +2,8 @@
 
 Each row is one kind of work; each server does it in a fresh process, in turn, and the whole is repeated. Counted is
 the CPU time of all server processes together, broker and supervisor included, client excluded; what is printed is the
-median of the repetitions. Results go to benchmarks/results/<name>.md and .json.
+median of the repetitions. Results go to benchmarks/results/<name>.md and .json: "latest" if every row was measured
+with every server, else "quick" or "partial". README's table is made of "latest" (readme_table.py).
 
     python benchmarks/bench.py                      everything: three repetitions, some 25 minutes
     python benchmarks/bench.py --quick              one short repetition of each, some 4 minutes
@@ -401,12 +402,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeat", type=int, metavar="N", help="repetitions (3)")
     parser.add_argument("--seconds", type=float, metavar="S", help="measured time of each run (5)")
-    parser.add_argument("--name", help="of the files in benchmarks/results (the host's name; quick if --quick)")
+    parser.add_argument("--name", help="of the files in benchmarks/results (latest; quick; partial)")
     arguments = parser.parse_args()
     arguments.words = sys.argv[1:]
     arguments.repeat = arguments.repeat or (1 if arguments.quick else 3)
     arguments.seconds = arguments.seconds or (2.0 if arguments.quick else 5.0)
-    arguments.name = arguments.name or ("quick" if arguments.quick else platform.node().partition(".")[0] or "here")
+    is_partial = bool(arguments.only or arguments.servers)
+    arguments.name = arguments.name or ("quick" if arguments.quick else "partial" if is_partial else "latest")
     arguments.rows = [name for name in arguments.only.split(",") if name] or list(ROWS)
     arguments.chosen = [name for name in arguments.servers.split(",") if name] or list(SERVERS)
     for name in arguments.rows:
