@@ -56,7 +56,8 @@ def _is_host(value: bytes) -> bool:
     return _HOST.fullmatch(value) is not None
 
 
-# What a head may consist of, beside line ends. Control bytes are refused (RFC 9110 section 5.5), bytes from 0x80 on are opaque.
+# What a head may consist of, beside line ends. Control bytes are refused, bytes from 0x80 on are opaque (RFC 9110,
+# section 5.5).
 _FIELD_BYTES: Final = bytes((0x09, *range(0x20, 0x7F), *range(0x80, 0x100)))
 # The same for a search: a control byte, or a CR that is not followed by LF (only where the next byte is known).
 _FORBIDDEN: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r[^\n]")
