@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import redis
 import redis.crc
@@ -87,7 +87,7 @@ class BrokerServer:
         state = "stopped" if self.process is None else f"pid {self.process.pid}"
         return f"<BrokerServer {Path(self.program).name} {self.url} {state}>"
 
-    def __enter__(self) -> BrokerServer:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -370,7 +374,7 @@ async def test_slots_that_change_hands_cost_no_command_and_keep_the_order(cluste
 
         async def send() -> None:
             nonlocal sent
-            calls: list[asyncio.Future[object]] = []
+            calls: list[asyncio.Future[Any]] = []
             while not stop.is_set():
                 for _ in range(5):  # on their way together
                     if sent % 3:
@@ -458,6 +462,49 @@ async def test_a_single_server_is_no_cluster(valkey_program: str) -> None:
         pytest.raises(BrokerUnsuitable, match="no node of a Redis Cluster"),
     ):
         await Broker(server.url.replace("redis:", "redis+cluster:"), client_name="test").connect()
+
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text("utf-8")
+(RIGHTS,) = re.findall(r"^user trunkline (.*)$", README, re.MULTILINE)
+(CLUSTER_RIGHTS,) = re.findall(r"In a Cluster it needs `([^`]+)`", README)
+(SENTINEL_RIGHTS,) = re.findall(r"a user of the Sentinels\s+needs `([^`]+)`", README)
+
+
+async def test_a_user_with_the_rights_of_the_readme_in_a_cluster(cluster: ClusterServers) -> None:
+    for server in cluster.nodes:
+        cluster.ask(server, "ACL", "SETUSER", "trunkline", *RIGHTS.split(), *CLUSTER_RIGHTS.split())
+    key = "trunkline:{x}:list"
+    source = cluster.owner_of(key)
+    target = next(server for server in cluster.masters if server is not source)
+    url = cluster.url.replace("://", "://trunkline:secret@")
+    async with connected(url, generation_key="trunkline:generation") as broker:
+        reader = broker.open_reader()
+        assert await broker.script(scripts.PUSH, [key], [-1, 60_000, b"x"])
+        assert await reader.pop([key], 1) is not None
+        cluster.begin_move(slot_of(key), source, target)
+        await broker.transaction(("RPUSH", key, "y"), ("PEXPIRE", key, 60_000))  # ASK
+        cluster.finish_move(slot_of(key), source, target)
+        await broker.transaction(("RPUSH", key, "z"), ("PEXPIRE", key, 60_000))  # MOVED
+        assert broker.statistics().redirected_count == 2
+        async with asyncio.timeout(PATIENCE_S):
+            taken: list[bytes] = []
+            while len(taken) < 2:
+                with contextlib.suppress(BrokerUnavailable):
+                    popped = await reader.pop([key], 2)
+                    taken += popped[1] if popped is not None else []
+        assert taken == [b"y", b"z"]
+    for server in cluster.nodes:
+        refused = cluster.ask(server, "ACL", "LOG")
+        assert [entry for entry in refused if "setinfo" not in str(entry)] == []
+
+
+async def test_a_user_of_the_sentinels_with_the_rights_of_the_readme(sentinels: SentinelServers) -> None:
+    for sentinel in sentinels.sentinels:
+        with sentinel.client() as client:
+            client.execute_command("ACL", "SETUSER", "asks", "on", ">only", *SENTINEL_RIGHTS.split())
+    url = f"{sentinels.url}?sentinel_username=asks&sentinel_password=only"
+    async with connected(url) as broker:
+        assert await broker.call("SET", "key", "x") == b"OK"
 
 
 async def test_call_before_connect_is_a_mistake_in_every_topology() -> None:

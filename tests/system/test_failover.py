@@ -125,7 +125,7 @@ async def test_a_failover_of_sentinels_is_a_pause(valkey_program, how):
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("how", ["kill", "pause"])
-async def test_a_failover_of_each_node_of_a_cluster_is_a_pause(valkey_program, how):
+async def test_a_failover_in_a_cluster_is_a_pause(valkey_program, how):
     with ClusterServers(valkey_program) as servers:
         async with deployment(servers.url) as (url, client, commands):
             async with Load(url, client) as load:
