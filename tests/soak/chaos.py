@@ -21,7 +21,7 @@ DEADLY_EACH_S = 62.0
 LOSS = "lose their application"
 # The second: a new worker was killed while it started.
 ROLLED = "all workers are replaced|is not replaced"
-ROLL_TIMEOUT_S = 180.0  # three drains of up to 20 s, and what else happens meanwhile
+ROLL_TIMEOUT_S = 240.0  # three drains of up to 60 s, and what else happens meanwhile
 
 
 class Chaos:

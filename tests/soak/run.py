@@ -257,6 +257,8 @@ def main():
     halves = ("2", "2") if arguments.rolling else ("2", "3")
     with tempfile.TemporaryDirectory() as directory, BrokerServer(program) as server:
         flags = ("--redis", server.url, "--interfaces", halves[0], "--workers", halves[1], "--no-access-log")
+        # A slow machine is no reason to cut an upload of some seconds.
+        flags += ("--drain-timeout", "60")
         with Served(APP, *flags) as served:
             try:
                 if arguments.rolling:
