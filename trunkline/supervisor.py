@@ -43,6 +43,9 @@ BROKER_START_TIMEOUT_S: Final = 10.0
 # A process that is told to end has its drain, its lifespan shutdown, and so long for everything else; then it is
 # killed. A worker lets cancelled applications end (2 s), says goodbye (2 s) and waits for threads (2 s).
 STOP_MARGIN_S: Final = 8.0
+# A worker that is to take the place of another may load its models for so long; then it is killed, and the old one
+# stays.
+REPLACEMENT_START_TIMEOUT_S: Final = 600.0
 BROKER_STOP_TIMEOUT_S: Final = 2.0
 
 
@@ -380,7 +383,13 @@ class Supervisor:
         assert new.ready is not None
         ended = asyncio.create_task(new.wait_ended())
         try:
-            await asyncio.wait((new.ready, ended), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                (new.ready, ended), timeout=REPLACEMENT_START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                logger.error("the new %s is not ready after %g s", new.spec.title, REPLACEMENT_START_TIMEOUT_S)
+                new.send(signal.SIGKILL)
+                await ended
         finally:
             ended.cancel()
         return new.is_ready

@@ -308,6 +308,23 @@ async def test_a_new_worker_that_cannot_start_changes_nothing(
         assert not set(before) & set(pids(supervisor))
 
 
+async def test_a_new_worker_that_is_never_ready_is_given_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REPLACEMENT_START_TIMEOUT_S", 0.5)
+    waits = tmp_path / "waits"
+    code = f"import os, time; os.path.exists({str(waits)!r}) and time.sleep(60); " + STAYS
+    supervisor = Supervisor([script(code)])
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        before = pids(supervisor)
+        waits.touch()
+        await roll(supervisor)
+        await until(lambda: "worker 1 is not replaced" in caplog.text)
+        assert "not ready after 0.5 s" in caplog.text
+        assert pids(supervisor) == mine(supervisor) == before
+
+
 async def test_a_signal_while_workers_are_replaced_replaces_them_once_more(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     supervisor = Supervisor([script(STAYS)])
