@@ -338,8 +338,12 @@ class Broker:
             else:
                 await self._connect_static()
         except BaseException:
+            for sentinels, _ in self._sentinels:
+                await sentinels.close()
             if not self._is_closed:
                 self._state = BrokerState.IDLE
+                if self._only is None and self._cluster is None:
+                    self._static = self._make_static()
             raise
         if self._is_closed:
             raise BrokerUnavailable(f"broker {redact_urls(self.url)}: closed by this process")
@@ -358,10 +362,9 @@ class Broker:
                     for shard in self._static:
                         group.create_task(shard.connect())
             except BaseException as error:
-                # Those that connected did so in vain.
-                former, self._static = self._static, self._static if self._is_closed else self._make_static()
+                # Those that connected did so in vain; connect() makes new ones.
                 self._routes.clear()
-                for shard in former:
+                for shard in self._static:
                     await shard.close()
                 if isinstance(error, BaseExceptionGroup):
                     raise error.exceptions[0] from None
@@ -375,9 +378,9 @@ class Broker:
             return
         await asyncio.gather(*(reader.close() for reader in self._readers))
         self._state = BrokerState.CLOSED
-        for sentinels, _ in self._sentinels:
-            await sentinels.close()
         if self._cluster is not None:
             await self._cluster.close()
         for shard in self._static:
             await shard.close()
+        for sentinels, _ in self._sentinels:  # behind the shards, which ask them
+            await sentinels.close()

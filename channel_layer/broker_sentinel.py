@@ -103,9 +103,10 @@ class Sentinels:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait((self._watching,))
-        for connection in self._connections.values():
+            self._watching = None
+        connections, self._connections = self._connections, {}
+        for connection in connections.values():
             await connection.disconnect(f"{self!r} was closed")
-        self._connections.clear()
 
     async def _watch(self, shard: BrokerShard) -> None:
         loop = asyncio.get_running_loop()

@@ -262,6 +262,10 @@ async def test_what_is_wrong_with_sentinels_is_said(sentinels: SentinelServers) 
         await Broker(f"redis+sentinel://127.0.0.1:{free_port()}/trunk", client_name="test").connect()
     with pytest.raises(BrokerUnsuitable, match=r"sentinel mode: name it with redis\+sentinel://"):
         await Broker(sentinels.sentinels[0].url, client_name="test").connect()
+    for sentinel in sentinels.sentinels:  # what was wrong left no connection behind
+        with sentinel.client() as client:
+            # The Sentinels' own connections have names; this one has none, and neither have ours.
+            await until(lambda client=client: sum(not each["name"] for each in client.client_list()) == 1)  # type: ignore[misc]
     # A single Sentinel that answers is enough.
     for sentinel in sentinels.sentinels[:2]:
         sentinel.kill()
