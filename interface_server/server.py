@@ -245,7 +245,7 @@ class InterfaceServer:
 
         ``at_once`` ends the waiting.
         """
-        _LOGGER.info("interface server %s stops", self._layer.process_id)
+        _LOGGER.info("%r stops", self)  # with its counts: what is left here is a leak
         timeout_s = self._settings.drain_timeout_s if drain_timeout_s is None else drain_timeout_s
         ports, self._ports = self._ports, []
         for port in ports:

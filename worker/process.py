@@ -682,7 +682,7 @@ async def _serve_connections(
         logger.critical("worker %s cannot take connections any more", process.process_id, exc_info=failed)
         is_clean = False
     life.draining()
-    logger.info("worker %s stops", process.process_id)
+    logger.info("%r stops", process)  # with its counts: what is left here is a leak
     if await process.stop(life.drain_timeout_s(settings.drain_timeout_s), at_once=life.at_once):
         is_clean = False
     # ASGI "Lifespan", Shutdown: behind the last connection.

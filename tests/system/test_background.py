@@ -10,7 +10,7 @@ from channel_layer import Publisher
 from tests.system.processes import Command, Served
 
 SITE = """
-import threading, time
+import os, threading, time
 import django
 from asgiref.sync import async_to_sync
 from django.conf import settings
@@ -29,12 +29,16 @@ from django.http import HttpResponse
 from django.urls import path
 
 
+def say(*words):
+    # In one write: the log shares the pipe.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
+
 class Thumbnails(SyncConsumer):
     def make(self, message):
-        print("making", message["id"], flush=True)
+        say("making", message["id"])
         time.sleep(message.get("seconds", 0))
-        print("made", message["id"], self.scope["channel"], threading.current_thread() is threading.main_thread(),
-              flush=True)
+        say("made", message["id"], self.scope["channel"], threading.current_thread() is threading.main_thread())
 
     def fail(self, message):
         raise RuntimeError("this consumer fails on purpose")
@@ -43,7 +47,7 @@ class Thumbnails(SyncConsumer):
 class Mails(AsyncConsumer):
     async def deliver(self, message):
         await self.channel_layer.send("thumbnails", {"type": "make", "id": "by " + message["to"]})
-        print("delivered", message["to"], flush=True)
+        say("delivered", message["to"])
 
 
 def order(request):

@@ -91,7 +91,7 @@ def test_an_interface_server_closes_sockets_one_after_the_other_and_finishes_req
         while True:  # the listener closes; the kernel does not tell us when
             try:
                 socket.create_connection((host, int(port))).close()
-            except ConnectionRefusedError:
+            except (ConnectionRefusedError, ConnectionResetError):  # reset: it was in the backlog when that went
                 break
             assert time.monotonic() < deadline
         assert download.lines() == [str(number) for number in range(100)]

@@ -21,10 +21,12 @@ from tests.system.processes import Served, is_alive, memory_bytes, wait_until
 APP = "tests.system.conformance_app:application"
 MIB = 1024**2
 ROUNDS = 6
+WARMING_ROUNDS = 3  # fill the caches and the allocator's pools
 EACH = 50  # connections of each way and round
 AT_ONCE = 40
 # Allocators keep some of what they got. A leak of one connection's objects (some KB) would be more after a round.
-GROWTH_BYTES_MAX = 6 * MIB
+# A connection that stays is 5 KiB and more, and there are thousands; what fragments is less (`make soak` looks closer).
+GROWTH_BYTES_MAX = 8 * MIB
 
 
 class Visit:
@@ -223,7 +225,8 @@ def test_nothing_is_left_of_connections_that_are_over():
         wait_until(lambda: len(list(household.redis.scan_iter("*lease*"))) == 2, 10, "both processes have a lease")
         before, descriptors_before = household.look(), household.descriptors()
         assert before["worker"]["Instance"] == 1  # the one that answers
-        asyncio.run(one_round(served.port))  # fills the caches and the allocators' pools
+        for _ in range(WARMING_ROUNDS):
+            asyncio.run(one_round(served.port))
         memory_before = household.memory()
         for _ in range(ROUNDS):
             asyncio.run(one_round(served.port))
