@@ -25,7 +25,7 @@ WARMING_ROUNDS = 3  # fill the caches and the allocator's pools
 EACH = 50  # connections of each way and round
 AT_ONCE = 40
 # Allocators keep some of what they got. A leak of one connection's objects (some KB) would be more after a round.
-# A connection that stays is 5 KiB and more, and there are thousands; what fragments is less (`make soak` looks closer).
+# A connection that stays is 5 KiB and more, and there are thousands; what fragments is less.
 GROWTH_BYTES_MAX = 8 * MIB
 
 
