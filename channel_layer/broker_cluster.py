@@ -442,7 +442,7 @@ class Cluster:
                     moved.append((former, node))
                     shard = former
                 else:
-                    guest = self._guests.pop(node, None)
+                    guest = self._guests.get(node)
                     shard = guest if guest is not None else self._new_shard(node, slots)
                     if guest is None:
                         begun.append(shard)
@@ -452,14 +452,20 @@ class Cluster:
                 shard.generation_key = f"{self._generation_prefix}:{{{tag_for(slots)}}}"
         for shard in begun:
             shard.begin()
-        # A new owner gets its keys when it answers, or shows that it does not.
-        await asyncio.gather(*[shard.wait_reachable(OWNER_WAIT_S) for shard in begun], return_exceptions=True)
+        try:
+            # A new owner gets its keys when it answers, or shows that it does not.
+            await asyncio.gather(*[shard.wait_reachable(OWNER_WAIT_S) for shard in begun], return_exceptions=True)
+        except BaseException:
+            for shard in begun:
+                await shard.close()
+            raise
         gained = {
             shard: {self._owner[slot] for slot in slots - self._slots.get(shard, frozenset())} - {shard}
             for shard, slots in slots_of.items()
         }
         retired = [shard for shard in self.shards if shard not in slots_of]
         self._table = table
+        self._guests = {node: guest for node, guest in self._guests.items() if guest not in slots_of}
         self._assign(slots_of)
         logger.info("broker %s: the slots have %d owners now, %d of them elsewhere than before",
                     self._place, len(self.shards), len(moved) + len(begun))  # fmt: skip

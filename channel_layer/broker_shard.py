@@ -309,7 +309,12 @@ class BrokerShard:
 
     async def _locate(self) -> None:
         if self._finder is not None:
-            await self._finder.find(self)
+            try:
+                await self._finder.find(self)
+            except BrokerUnavailable:
+                # Nobody who knows answers. Where it was is better than nowhere; a replica there is refused.
+                if self.address is None:
+                    raise
         self._moved.clear()
 
     async def _open(self) -> tuple[BrokerConnection, _Lineage]:

@@ -36,6 +36,7 @@ class LeaseConnection:
         self._slot = slot_of(key)
         self._timeout_s = timeout_s
         self._wire: _Wire | None = None
+        self._last: BrokerAddress | None = None  # what Sentinels said last: better than nothing while none answers
         # Nodes of a Cluster, those first that should be asked first; the last answer named them.
         self._nodes = [seed.node for seed in self._place.seeds] if isinstance(self._place, ClusterPlace) else []
 
@@ -108,10 +109,12 @@ class LeaseConnection:
                 failure = error
             if time.monotonic() >= deadline:
                 break
-        if not opinions:
+        if opinions:
+            newest = max(opinions)
+            self._last = place.template.at(newest.host, newest.port)
+        if self._last is None:
             raise BrokerUnavailable(f"broker {place}: none of its Sentinels answers: {failure}") from failure
-        newest = max(opinions)
-        return place.template.at(newest.host, newest.port)
+        return self._last
 
     def _ask_nodes(self, place: ClusterPlace, deadline: float) -> BrokerAddress:
         """What the first node says that answers. One that is wrong is found out: it says MOVED, or nothing."""

@@ -213,6 +213,7 @@ class RedisProcessLayer(ChannelsBackend):
         # When the newest message to ourselves left that has come back (probe()); None: none has yet.
         self.proved_at: float | None = None
         self._away: set[BrokerShard] = set()  # as far as everybody was told
+        self._told_reachable = True  # what the listener was told of our inbox
         self._absence_count = 0
         self._absences_seen = 0
         self._letter_expired_count = 0
@@ -334,6 +335,7 @@ class RedisProcessLayer(ChannelsBackend):
             watch=watch,
         )
         self._away = {shard for shard in self._broker.shards if not shard.reachable}
+        self._told_reachable = True
         self._broker.subscribe(self._broker_changed)
         if self.role != "client":
             self._open_inbox(self._parts)
@@ -928,8 +930,7 @@ class RedisProcessLayer(ChannelsBackend):
             self._away.add(shard)
             if parts.links is not None:
                 parts.links.broker_lost(concerns)
-            if parts.listener is not None and is_ours:
-                parts.listener.broker_changed(False)
+            self._tell_listener(parts)
             self._announce(parts, [lost for lost, _ in self._notices])
             return
         self._away.discard(shard)
@@ -942,10 +943,14 @@ class RedisProcessLayer(ChannelsBackend):
             parts.sender.data_lost(shard)
         if parts.lease is not None and is_ours:
             parts.lease.look_again()  # a master that was cut off with us would go on taking it
-        # Also when it is another one: what waits for a channel there may go on.
-        if parts.listener is not None and not was_reachable and self.broker_reachable:
-            parts.listener.broker_changed(True)
+        self._tell_listener(parts, again=not was_reachable)
         self._announce(parts, [restored for _, restored in self._notices])
+
+    def _tell_listener(self, parts: _Parts, *, again: bool = False) -> None:
+        """Tell whether our inbox can be reached; ``again``: another shard is back, what waits for it may go on."""
+        was_told, self._told_reachable = self._told_reachable, self.broker_reachable
+        if parts.listener is not None and (was_told is not self._told_reachable or (again and was_told)):
+            parts.listener.broker_changed(self._told_reachable)
 
     def _announce(self, parts: _Parts, types: list[str | None]) -> None:
         for kind in types:

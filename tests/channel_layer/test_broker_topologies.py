@@ -16,7 +16,7 @@ from channel_layer import scripts
 from channel_layer.broker import Broker, BrokerChange, BrokerState
 from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitable
 from channel_layer.sharding import slot_of
-from tests.channel_layer.test_broker import LOST, RESTORED_EMPTY, Changes, connected, until, until_blocked
+from tests.channel_layer.test_broker import LOST, RESTORED, RESTORED_EMPTY, Changes, connected, until, until_blocked
 from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards
 
 # From the moment that the new master is there; three times the promise of one second.
@@ -253,6 +253,18 @@ async def test_passwords_of_the_master_and_of_its_sentinels(valkey_program: str)
             await Broker(url.split("?")[0], client_name="test").connect()
         with pytest.raises(BrokerUnsuitable, match="user name or password"):
             await Broker(url.replace(":masters@", ":wrong@"), client_name="test").connect()
+
+
+async def test_without_sentinels_the_last_master_is_tried_again(sentinels: SentinelServers) -> None:
+    async with connected(sentinels.url) as broker:
+        changes = Changes(broker)
+        for sentinel in sentinels.sentinels:
+            sentinel.kill()
+        with sentinels.master.client() as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        await changes.wait(2)
+        assert changes.seen == [LOST, RESTORED]
+        assert await broker.call("SET", "key", "x") == b"OK"
 
 
 async def test_what_is_wrong_with_sentinels_is_said(sentinels: SentinelServers) -> None:

@@ -351,6 +351,32 @@ async def test_links_and_groups_survive_a_failover_of_a_cluster(cluster: Cluster
         assert len(at_interface.delivered) == 30
 
 
+async def test_an_inbox_whose_node_is_gone_for_good_goes_on_where_its_slot_is_given(valkey_program: str) -> None:
+    """No replica: an operator gives the slot to a node that never was away."""
+    options = ("--cluster-require-full-coverage", "no")
+    with ClusterServers(valkey_program, replicas=False, options=options) as cluster:
+        async with (
+            started(cluster.url, "interface") as (interface, at_interface),
+            started(cluster.url) as (worker, at_worker),
+            Stream(interface, worker, at_worker) as down,
+        ):
+            await down.flows()
+            key = Keys().mail(worker.process_id)
+            victim = cluster.owner_of(key)
+            survivors = [server for server in cluster.masters if server is not victim]
+            inboxes = [Keys().mail(process.process_id) for process in (worker, interface)]
+            slots = {slot_of(inbox) for inbox in inboxes if cluster.owner_of(inbox) is victim}
+            victim.kill()
+            await at_worker.until(lambda: at_worker.broker == [False])
+            for slot in slots:
+                for server in survivors:
+                    cluster.ask(server, "CLUSTER", "SETSLOT", slot, "NODE", cluster.node_id(survivors[0]))
+            await at_worker.until(lambda: at_worker.broker == [False, True])
+            assert worker.broker_reachable
+            assert await down.flows() < PATIENCE_S
+            assert (at_interface.ended, at_worker.ended) == ([], [])
+
+
 async def test_links_go_on_while_the_slots_of_inboxes_change_hands(cluster: ClusterServers) -> None:
     async with (
         started(cluster.url, "interface") as (interface, at_interface),
