@@ -381,15 +381,16 @@ class ClusterServers:
             self.ask(server, "CLUSTER", "ADDSLOTSRANGE", *ends)
         for server in self.nodes[1:]:
             self.ask(server, "CLUSTER", "MEET", "127.0.0.1", first.port, cluster_port)
-        count = len(self.nodes)
-        for server in self.nodes:
-            _wait(
-                lambda server=server: f"cluster_known_nodes:{count}" in self.ask(server, "CLUSTER", "INFO"),  # type: ignore[misc]
-                "the nodes know each other",
-            )
+        ids = [self.node_id(server) for server in self.nodes]
+        _wait(lambda: all(self._knows(server, ids) for server in self.nodes), "the nodes know each other")
         for master, replica in zip(self.masters, self.replicas, strict=False):
             self.ask(replica, "CLUSTER", "REPLICATE", self.node_id(master))
         _wait(lambda: all(map(self._is_in_step, self.nodes)), "the Cluster is whole")
+
+    def _knows(self, server: BrokerServer, ids: Sequence[str]) -> bool:
+        # A node in the handshake has an id that is not its own.
+        known = self.ask(server, "CLUSTER", "NODES")
+        return "handshake" not in known and all(node_id in known for node_id in ids)
 
     def _is_in_step(self, server: BrokerServer) -> bool:
         slots = self._slots(server)
