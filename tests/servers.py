@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import random
 import shutil
@@ -53,14 +54,24 @@ def find_redis_server() -> str | None:
     return shutil.which("redis-server")
 
 
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on at this moment.
+def _own_ports() -> Iterator[int]:
+    """Ports of 127.0.0.1 for this process, again and again; below those that outgoing connections get.
 
-    Below those that the kernel gives to outgoing connections: one of those could take it before a server starts.
+    Most test processes of one machine have other ones: a port is chosen well before its server starts, and with ports
+    from anywhere another process's server was found there now and then.
     """
+    first = 12_000 + os.getpid() % 40 * 500
+    return itertools.cycle(random.sample(range(first, first + 500), 500))
+
+
+_ports = _own_ports()
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listens on at this moment."""
     while True:
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", random.randrange(12_000, 32_000)))
+            probe.bind(("127.0.0.1", next(_ports)))
             port: int = probe.getsockname()[1]
             return port
 
