@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import faulthandler
 import importlib.metadata
+import logging
 import os
 import signal
 import sys
@@ -42,6 +43,8 @@ __all__ = [
     "find_release",
     "unless",
 ]
+
+logger = logging.getLogger("trunkline.channel_layer")
 
 # Descriptor of the pipe to the supervisor.
 STATUS_VARIABLE: Final = "TRUNKLINE_STATUS_FD"
@@ -99,12 +102,24 @@ async def unless(event: asyncio.Event, work: Coroutine[Any, Any, object]) -> obj
         await asyncio.wait([task, interrupted], return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        task.cancel()
+        _abandon(task)
         await asyncio.wait([task])
         return INTERRUPTED
     finally:
-        task.cancel()
         interrupted.cancel()
+        if not task.done():  # we were cancelled
+            _abandon(task)
+
+
+def _abandon(task: asyncio.Future[object]) -> None:
+    """Cancel it; how it ends is nobody's any more, and asyncio reports errors that nobody has looked at."""
+
+    def look(task: asyncio.Future[object]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.info("what was interrupted ended with %r", error)
+
+    task.add_done_callback(look)
+    task.cancel()
 
 
 class StatusPipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -168,3 +169,34 @@ async def test_unless_gives_the_result_or_cancels_the_work() -> None:
     assert await waiting is INTERRUPTED
     assert cancelled.is_set()
     assert await unless(event, work()) is INTERRUPTED  # not begun
+
+
+async def test_an_error_of_interrupted_work_is_told_and_not_reported_as_one_that_nobody_looked_at(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+
+    async def work(begun: asyncio.Event) -> None:
+        try:
+            begun.set()
+            await asyncio.sleep(3600)
+        finally:
+            raise BrokerUnavailable("it was away, too")
+
+    caplog.set_level("INFO", "trunkline.channel_layer")
+    for how in ("by its event", "cancelled"):
+        event, begun = asyncio.Event(), asyncio.Event()
+        waiting = asyncio.create_task(unless(event, work(begun)))
+        await begun.wait()
+        if how == "cancelled":
+            waiting.cancel()
+        else:
+            event.set()
+        await asyncio.wait([waiting])
+    del waiting
+    async with asyncio.timeout(20):
+        while caplog.text.count("it was away, too") < 2:  # noqa: ASYNC110 - a callback of a task that nobody has
+            await asyncio.sleep(0)
+    gc.collect()
+    assert reported == []
