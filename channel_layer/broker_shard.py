@@ -350,10 +350,11 @@ class BrokerShard:
     async def _check(self, connection: BrokerConnection) -> dict[str, str]:
         assert connection.server is not None
         _check_version(str(self), connection.server, self._mode)
-        replication_call = connection.call(("INFO", "replication"))
-        memory_call = connection.call(("INFO", "memory"))
-        replication = parse_info(await replication_call)
-        memory = parse_info(await memory_call)
+        replication, memory = map(
+            parse_info,
+            # gather() also reads the errors behind the first: unread, the loop would log each with a traceback.
+            await asyncio.gather(connection.call(("INFO", "replication")), connection.call(("INFO", "memory"))),
+        )
         if replication.get("role") != "master":
             raise BrokerNotServing(f"broker {self} is a replica of {replication.get('master_host')}")
         # INFO, not CONFIG GET: it tells the same and needs no right to the server's configuration.
@@ -373,12 +374,13 @@ class BrokerShard:
         position_call = connection.call(("GET", self._position_key)) if self._position_key else None
         asked_at = time.monotonic()
         time_call = connection.call(("TIME",))
-        for load in loads:
-            await load
-        generation = await generation_call if generation_call is not None else b""
+        # One that is refused or lost fails them all, and none of their errors stays unread.
+        calls = (*loads, generation_call, position_call, time_call)
+        await asyncio.gather(*(call for call in calls if call is not None))
+        generation = generation_call.result() if generation_call is not None else b""
         if position_call is not None:
-            self._check_position(await position_call)
-        self._read_clock(await time_call, asked_at, is_first=True)
+            self._check_position(position_call.result())
+        self._read_clock(time_call.result(), asked_at, is_first=True)
         if generation is None:
             generation = await self._store_generation(connection, generation_key)
         return _Lineage(connection.server.run_id, replication.get("master_replid", ""), generation)

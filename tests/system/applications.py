@@ -137,8 +137,10 @@ def reply_channel(scope):
 
 
 async def echo(scope, receive, send):
+    """Says in its handshake which processes serve it: a channel of the interface server, and one of the worker."""
     await receive()
-    await send({"type": "websocket.accept"})
+    channels = (reply_channel(scope), await get_channel_layer().new_channel())
+    await send({"type": "websocket.accept", "headers": [(b"x-channels", ",".join(channels).encode())]})
     while (event := await receive())["type"] == "websocket.receive":
         await send({"type": "websocket.send", "text": event.get("text"), "bytes": event.get("bytes")})
 

@@ -14,6 +14,8 @@ APP = "tests.system.applications:application"
 DOWNLOADS = 50
 SOCKETS = 200
 LINES = 400
+# Longer than any outage that a test makes, and the wait of what was sent into it.
+PATIENCE_S = 60
 
 
 async def download(client, url):
@@ -37,7 +39,7 @@ async def talk(url, started, stop):
         number = 0
         while not stop.is_set():
             await client.send(str(number))
-            assert await asyncio.wait_for(client.recv(), 30) == str(number)
+            assert await asyncio.wait_for(client.recv(), PATIENCE_S) == str(number)
             number += 1
             started.release()
             await asyncio.sleep(0.02)

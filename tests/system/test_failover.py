@@ -6,25 +6,32 @@ double, reorder or close anything. What the layer does by itself is in tests/cha
 
 import asyncio
 import contextlib
+import re
 import time
 
 import httpx
 import pytest
+from websockets.asyncio.client import connect
 
 from channel_layer.names import Keys
 from channel_layer.sharding import static_shard
 from tests.servers import ClusterServers, SentinelServers, shards
 from tests.system.processes import Command, wait_until
-from tests.system.test_broker_restart import download, talk
+from tests.system.test_broker_restart import PATIENCE_S, download, talk
 
 APP = "tests.system.applications:application"
 SOCKETS = 50
 DOWNLOADS = 10
 LINES = 300
-PATIENCE_S = 60
 # New requests are served again so much later than the new master is there: three times the promise of one second,
 # and the openings that were lost with the old one are looked for after 2 s.
 RESUME_S = 3 + 2
+# Long enough for a process to be taken for dead by its lease.
+OUTAGE_S = 8
+# What does not pass through the lost shard is answered as ever.
+ANSWER_S = 5
+# Connections until one is served by a wanted pair of processes: of four by four, one pair is wanted at the worst.
+TRIES = 100
 
 
 class Load:
@@ -77,7 +84,7 @@ async def deployment(url, workers=2, interfaces=2):
         try:
             address = await asyncio.to_thread(interface.wait_for, r"serves .* on (http://\S+)")
             await asyncio.to_thread(worker.wait_for, r"workers \(pid")
-            limits = httpx.Limits(max_connections=2 * DOWNLOADS)
+            limits = httpx.Limits(max_connections=DOWNLOADS + TRIES)
             async with httpx.AsyncClient(timeout=PATIENCE_S, limits=limits) as client:
                 yield address.group(1), client, (interface, worker)
         finally:
@@ -144,21 +151,61 @@ async def test_a_failover_in_a_cluster_is_a_pause(valkey_program, how):
             nobody_was_taken_for_dead(commands)
 
 
-@pytest.mark.timeout(180)
+def shards_of(*processes):
+    """The shards, of two, where the inboxes of these processes are."""
+    return {static_shard(Keys().link(process), 2) for process in processes}
+
+
+@contextlib.asynccontextmanager
+async def deployment_on_both_shards(url):
+    """A deployment with interface servers and workers on each of two shards, which chance decides when they start."""
+    while True:
+        async with deployment(url, workers=4, interfaces=4) as deployed:
+            found = []
+            for command, pattern in zip(
+                deployed[2], (r"interface server (\w+) accepts", r"worker (\w+) runs"), strict=True
+            ):
+                await asyncio.to_thread(command.wait_for, pattern, count=4)
+                found.append(re.findall(pattern, command.output))
+            if all(shards_of(*processes) == {0, 1} for processes in found):
+                yield deployed
+                return
+
+
+@contextlib.asynccontextmanager
+async def talk_within(shard, url):
+    """A WebSocket whose interface server and worker both have their inbox on ``shard``."""
+    async with contextlib.AsyncExitStack() as others:
+        for _ in range(TRIES):
+            client = await others.enter_async_context(connect(url, open_timeout=PATIENCE_S, ping_interval=None))
+            channels = client.response.headers["x-channels"].split(",")
+            if shards_of(*(re.search(r"\.(\w+)!", channel)[1] for channel in channels)) == {shard}:
+                yield client
+                return
+        raise AssertionError(f"none of {TRIES} WebSockets is served by two processes on shard {shard}")
+
+
+@pytest.mark.timeout(240)
 async def test_one_shard_down_stops_only_what_lives_there(valkey_program):
     """Whose halves are both on the other shard goes on; the rest pauses, and nothing is lost or closed."""
     with shards(valkey_program) as servers:
-        async with deployment(",".join(server.url for server in servers), workers=4, interfaces=4) as deployed:
-            url, client, commands = deployed
+        async with deployment_on_both_shards(",".join(server.url for server in servers)) as (url, client, commands):
             queue_shard = static_shard(Keys().openings("http.request", 2), 2)
-            async with Load(url, client) as load:
+            echo_url = f"{url.replace('http', 'ws', 1)}/echo"
+            async with Load(url, client) as load, talk_within(queue_shard, echo_url) as talker:
                 servers[1 - queue_shard].kill()
-                # Some of the talks are between processes on the shard that lives.
-                await load.answers(10)
-                await asyncio.sleep(8)
-                await load.answers(10)
+                down_until = time.monotonic() + OUTAGE_S
+                answered_count = 0
+                while time.monotonic() < down_until:
+                    await talker.send(str(answered_count))
+                    assert await asyncio.wait_for(talker.recv(), ANSWER_S) == str(answered_count)
+                    answered_count += 1
+                    await asyncio.sleep(0.05)
+                assert answered_count > OUTAGE_S
                 # The queue lives; whoever takes from it and can be answered serves new requests.
-                statuses = [(await client.get(url)).status_code for _ in range(10)]
+                # All at once: those that need the other shard wait.
+                answers = await asyncio.gather(*(client.get(url) for _ in range(TRIES)))
+                statuses = [answer.status_code for answer in answers]
                 assert 200 in statuses
                 assert set(statuses) <= {200, 503}
                 servers[1 - queue_shard].start()
