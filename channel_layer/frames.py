@@ -42,9 +42,9 @@ changed its owner, from 1). Frames are encoded once, when they are queued, and j
     ADOPT           interface -> worker   connection, epoch, opening, state, carried     GRANT where another worker
                                                                       was owner: first opening, last state (or b""),
                                                                       bytes of events that the client has yet to take
-    ANSWER          worker -> interface   connection, epoch, status, headers, body     I took the opening of a safe
-                                                                      request, and this is all of the response: CLAIM,
-                                                                      its events and END in one, never answered
+    ANSWER          worker -> interface   connection, epoch, status, headers, body     this is all of the response:
+                                                                      its events and END in one, never answered; of a
+                                                                      safe request that nobody has, also the CLAIM
 
 Kinds 32-47 belong to hand-over (docs/handover.md). A CLAIM with a fourth field, True, takes ADOPT for an answer. A
 receiver answers a kind that it does not know with nothing and counts it. To add a frame: a number here, a build_

@@ -324,16 +324,19 @@ class ClientConnection:
             self.flush()
 
     def answered(self, status: int, headers: list[Any], body: bytes) -> None:
-        """An ANSWER came: some worker took the opening, and this is all that its instance had to say."""
+        """An ANSWER came, from the owner or from who took the opening: it is all that its instance had to say."""
+        client = self._client
+        if client is None:  # in LEAVING
+            self.ended(Outcome.RETURNED)
+            return
         if self.protocol != "http":
             self._abandon(WireError(f"an ANSWER to a {self.protocol}"))
             return
-        client = self._client
-        assert client is not None
         self.opening = None
         if self._paused or self._queue is not None:
             # Within no credit, but it is short, and the last that comes for this client.
-            self.move(State.OWNED)
+            if self.state is not State.OWNED:
+                self.move(State.OWNED)
             response = {"type": "http.response", "status": status, "headers": headers, "body": body}
             flush_wanted = self._queue_item((_Held.SHARED, response, 0))
             self.ended(Outcome.RETURNED)
@@ -341,10 +344,11 @@ class ClientConnection:
                 self.flush_queue()
             return
         self._client = None
-        self.state = State.OVER  # from what is unclaimed
+        peer, self.peer = self.peer, None
+        self.state = State.OVER  # from OWNED, or what is unclaimed
         if self._early is not None:
             self._discard_held()
-        self._hub.over(self, None)
+        self._hub.over(self, peer)
         try:
             cast(HttpClient, client).whole_response(status, headers, body)
         except Exception:

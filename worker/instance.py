@@ -13,7 +13,8 @@ FINISHING, what the application sent still waits for the client to read it; END 
 
 The claim of a safe method leaves behind the first turn of its application (process.py calls ``claim()``), or before
 the first frame that leaves earlier. An application that by then has sent a whole short response and returned, as
-most that answer from memory do, leaves one frame, ANSWER, in place of all the others.
+most that answer from memory do, leaves one frame, ANSWER, in place of all the others. Later, or behind a grant, it
+stands for such a response and END, if the application returns in the turn in which it sends the response.
 
 A WebSocket may be handed over to another worker (moving.py). An instance that gave its connection away is cancelled
 without a disconnect event; one that takes it up gets scope and checkpoint with ``adopt()`` in place of ``grant()``.
@@ -301,8 +302,12 @@ class Instance:
             return
         self._is_claimed = True
         self._link.link_send(self.peer, build_claim(self.connection, self.epoch, adopts=self._is_handover))
+        self._release_answer()
+
+    def _release_answer(self) -> None:
+        """Send a response as events that was held back to be an ANSWER: its application goes on behind it."""
         answer, self._answer = self._answer, None
-        if answer is not None:  # of an application that goes on behind its response
+        if answer is not None and self._is_held:
             self._unsent.append(_Sending(iter(answer), None))
             self._pump()
 
@@ -569,10 +574,12 @@ class Instance:
                 self._release_start()
         if not events:  # a held http.response.start, or what follows a complete response
             return
+        if sent.state is State.COMPLETE and self._may_answer and not self._unsent and _is_short_answer(events):
+            self._answer = events
+            if self._is_claimed:  # else claim() does the same
+                self._loop.call_soon(self._release_answer)
+            return
         if not self._is_claimed:
-            if sent.state is State.COMPLETE and self._may_answer and _is_short_answer(events):
-                self._answer = events
-                return
             self.claim()
         rest = iter(events)
         if not self._unsent and self._let_leave(rest):
@@ -769,7 +776,11 @@ class Instance:
                     or len(frame) > _ANSWER_BYTES_MAX
                     or self._link.link_is_congested(self.peer)
                 ):
-                    self.claim()  # comes back here when everything has left
+                    # Both come back here when everything has left.
+                    if self._is_claimed:
+                        self._release_answer()
+                    else:
+                        self.claim()
                     return
                 self._answer = None
                 self._link.link_send(self.peer, frame)

@@ -335,6 +335,38 @@ async def test_an_answer_to_a_connection_that_waits_for_the_broker(bench):
     assert client.log == [RESPONSE]
 
 
+async def test_an_answer_of_the_owner_ends_the_connection(bench):
+    client = await bench.owned("http")
+    bench.frame(answer_of(client))
+    assert client.log == [RESPONSE]
+    assert client.connection.state is State.OVER
+    assert bench.layer.sent == []
+    assert bench.connections.open_count == 0
+    bench.connections.peer_ended(WORKER, "killed")
+    assert client.log == [RESPONSE]
+
+
+async def test_an_answer_of_the_owner_to_a_client_that_has_left(bench):
+    client = await bench.owned("http")
+    client.connection.client_gone({"type": "http.disconnect"})
+    bench.take_sent()
+    bench.frame(answer_of(client))
+    assert client.log == []
+    assert client.connection.state is State.OVER
+    assert bench.layer.sent == []
+
+
+async def test_an_answer_of_the_owner_waits_for_a_client_that_does_not_read(bench):
+    client = await bench.owned("http")
+    client.connection.pause_delivery()
+    bench.frame(answer_of(client))
+    assert client.log == []
+    assert client.connection.state is State.ENDING
+    client.connection.resume_delivery()
+    assert client.log == [RESPONSE, Outcome.RETURNED]
+    assert client.connection.state is State.OVER
+
+
 async def test_an_answer_to_a_websocket_is_a_fault_of_the_worker(bench, caplog):
     client = bench.open("websocket")
     bench.frame(answer_of(client))
@@ -666,8 +698,10 @@ EFFECT = {
         FrameKind.RECEIVING: (["receiving"], State.OWNED),
         FrameKind.END: ([Outcome.RETURNED], State.OVER),
         FrameKind.EVENTS: ([text("hello")], State.OWNED),
+        FrameKind.ANSWER: ([Refusal.PROTOCOL], State.OVER),  # it is for HTTP only
     },
     State.LEAVING: {
+        FrameKind.ANSWER: ([], State.OVER),
         FrameKind.CLOSED: ([], State.OVER),
         FrameKind.END: ([], State.OVER),
     },
@@ -722,6 +756,8 @@ async def test_every_frame_in_every_state(bench, state, kind):
         log, after = EFFECT[state].get(kind, ([], state))
         # Neither accepted nor with a checkpoint, or without its client: it cannot be given away.
         answer = [(WORKER, msgpack.unpackb(build_released(1, 1, False)))] if kind is FrameKind.RELEASE else []
+        if kind is FrameKind.ANSWER and state is State.OWNED:
+            answer = [(WORKER, msgpack.unpackb(build_closed(1, 1)))]
         assert (client.log, client.connection.state, sent) == (log, after, answer)
     elif kind is FrameKind.CLAIM and state in (State.PARKED, State.PUSHING, State.WAITING):
         assert client.connection.state is State.OWNED

@@ -119,7 +119,22 @@ async def test_start_and_body_leave_in_one_turn_and_send_does_not_wait() -> None
     bench = Bench(hello)
     await asyncio.sleep(0)  # one turn: the call runs to its end
     kinds = [frame[0] for frame in bench.link.take()]
-    assert kinds == [FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+    assert kinds == [FrameKind.ANSWER]
+
+
+async def test_a_call_that_goes_on_behind_its_response_sends_it_at_the_end_of_the_turn() -> None:
+    goes_on = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await hello(scope, receive, send)
+        await goes_on.wait()
+
+    bench = Bench(application)
+    await turns()
+    assert [frame[0] for frame in bench.link.take()] == [FrameKind.EVENT, FrameKind.EVENT]
+    goes_on.set()
+    await turns()
+    assert [frame[0] for frame in bench.link.take()] == [FrameKind.END]
 
 
 async def test_the_window_is_the_one_the_opening_names() -> None:

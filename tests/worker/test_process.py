@@ -98,13 +98,13 @@ async def test_an_application_that_does_not_wait_answers_in_one_frame(bench: Ben
     assert bench.process.instances() == []
 
 
-async def test_an_unsafe_request_is_answered_in_events(bench: Bench) -> None:
+async def test_an_unsafe_request_is_answered_at_once_behind_its_grant(bench: Bench) -> None:
     bench.application.release.set()
     await bench.open(http_scope("POST"))
     assert bench.kinds() == [FrameKind.CLAIM]
     bench.frame(FrameKind.GRANT)
     await turns()
-    assert bench.kinds() == [FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+    assert bench.kinds() == [FrameKind.ANSWER]
 
 
 async def test_the_answers_of_one_turn_leave_together(bench: Bench) -> None:
@@ -131,7 +131,7 @@ async def test_the_answer_to_the_claim_of_a_call_that_is_over_is_not_answered(
     await bench.open()
     bench.application.release.set()
     await turns()
-    assert bench.kinds() == [FrameKind.CLAIM, FrameKind.EVENT, FrameKind.EVENT, FrameKind.END]
+    assert bench.kinds() == [FrameKind.CLAIM, FrameKind.ANSWER]
     bench.frame(verdict)
     assert bench.layer.frames == []
     assert bench.process.statistics().unknown_connection_count == 0
@@ -542,8 +542,9 @@ async def test_stop_lets_http_finish_and_closes_websockets_1012_towards_its_end(
     assert await stopping == 0
     assert 2 * process_module.DRAIN_CLOSES_FROM - 0.1 <= loop.time() - began_at < 2  # with the last instance
     assert bench.application.events[-1]["code"] == 1012
-    ends = {frame[1]: Outcome(frame[3]) for frame in bench.layer.take() if frame[0] == FrameKind.END}
-    assert ends == {1: Outcome.RETURNED, 2: Outcome.RETURNED, 3: Outcome.CANCELLED}
+    frames = bench.layer.take()
+    assert {frame[1] for frame in frames if frame[0] == FrameKind.ANSWER} == {1, 2}
+    assert [frame[1:] for frame in frames if frame[0] == FrameKind.END] == [[3, 1, Outcome.CANCELLED]]
 
 
 async def test_stop_closes_websockets_one_after_the_other(bench: Bench) -> None:
