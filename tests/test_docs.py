@@ -5,13 +5,14 @@ names of the source stand in backquotes, code in fenced blocks.
 """
 
 import re
+import shlex
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 
 from interface_server.settings import InterfaceSettings
-from trunkline.options import OPTIONS
+from trunkline.options import OPTIONS, build_parser, parse
 from worker.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,28 @@ def test_every_flag_exists(document):
             assert flag in FLAGS | {"--help"}, f"{document.name}: {command}"
 
 
+COMMANDS = [
+    (path, shlex.split(re.split(r"  +", command)[0])[1:])  # behind two blanks stands a remark
+    for path in [*DOCUMENTS, *sorted((ROOT / "examples").rglob("*.py"))]
+    for command in re.findall(
+        r"^(?:\$ | +)?(trunkline (?:serve|interface|worker|health)\b.*)", path.read_text("utf-8"), re.M
+    )
+    if "…" not in command and "FLAG" not in command
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "argv"), COMMANDS, ids=lambda value: value.name if isinstance(value, Path) else None
+)
+def test_every_command_is_understood(path, argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # files that commands name must exist
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in argv:
+        if name.endswith(".pem"):
+            Path(name).touch()
+    parse(build_parser("0"), argv, {})
+
+
 @PARAMETERS
 def test_every_variable_exists(document):
     for name in re.findall(r"\bTRUNKLINE_[A-Z_]*[A-Z]\b", document.read_text("utf-8")):
@@ -149,19 +172,42 @@ def test_every_document_can_be_reached_from_the_readme():
     assert set(DOCUMENTS) <= seen
 
 
+INDEXES = ("docs/README.md", "docs/decisions/README.md")
+
+
+@pytest.mark.parametrize("index", INDEXES)
+def test_an_index_links_to_each_document_beside_it(index):
+    path = ROOT / index
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text("utf-8"))}
+    missing = [each.name for each in sorted(path.parent.glob("*.md")) if each != path and each.name not in linked]
+    assert not missing, f"{index} says nothing of {', '.join(missing)}"
+
+
+SETTINGS = (ROOT / "docs" / "settings.md").read_text("utf-8")
+ROWS = {
+    match[1]: match
+    for match in re.finditer(
+        r"^\| `--([\w-]+)` \| ([^|]*) \| ([^|]*) \| ([^|]+) \| [^|]+ \| [^|]+ \|$", SETTINGS, re.MULTILINE
+    )
+}
+SOURCE_MAP = (ROOT / "docs" / "source_map.md").read_text("utf-8")
 README = (ROOT / "README.md").read_text("utf-8")
-ROWS = {match[1]: match for match in re.finditer(r"^\| `--([\w-]+)` \| ([^|]*) \| ([^|]*) \|", README, re.MULTILINE)}
 DEFAULTS = {
     field.name: field.default for settings in (InterfaceSettings, WorkerSettings) for field in fields(settings)
 }
 
 
-def test_the_readme_has_every_flag():
-    assert list(ROWS) == [option.flag for option in OPTIONS]
+def test_the_settings_have_every_flag():
+    assert list(ROWS) == [option.flag for option in OPTIONS], "docs/settings.md has a row for each, in their order"
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.flag)
-def test_the_readme_knows_who_has_a_flag(option):
+def test_the_settings_say_what_a_flag_means(option):
+    assert len(ROWS[option.flag][4].split()) > 1
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.flag)
+def test_the_settings_know_who_has_a_flag(option):
     letters = {"S A": ("serve", "interface", "worker"), "S": ("serve", "interface"), "A": ("serve", "worker")}
     letters["S A, `health`"] = (*letters["S A"], "health")
     shown = ROWS[option.flag][3].strip()
@@ -174,7 +220,7 @@ def test_the_readme_knows_who_has_a_flag(option):
     [o for o in OPTIONS if not o.repeat and DEFAULTS.get(o.setting, MISSING) not in (MISSING, None, "")],
     ids=lambda option: option.flag,
 )
-def test_the_readme_knows_the_default(option):
+def test_the_settings_know_the_default(option):
     default = DEFAULTS[option.setting]
     if isinstance(default, bool):
         shown = "on" if default else "off"
@@ -187,12 +233,23 @@ def test_the_readme_knows_the_default(option):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_readme_s_map_has_every_file(package):
-    mapped = set(quoted(README))
+def test_the_map_has_every_file(package):
+    mapped = set(quoted(SOURCE_MAP))
     for path in (ROOT / package).rglob("*.py"):
         name = str(path.relative_to(ROOT))
         if path.stem not in ("__init__", "__main__"):
-            assert name in mapped, f"{name} is not in the map"
+            assert name in mapped, f"{name} is not in docs/source_map.md"
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "examples", "tests", "benchmarks"])
+def test_the_readme_s_map_has_every_package(package):
+    assert re.search(rf"^\| `{package}/` \|", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("[a-z]*")), ids=lambda path: path.name)
+def test_each_example_is_named(path):
+    name = f"examples/{path.name}"
+    assert any(name in document.read_text("utf-8") for document in DOCUMENTS), f"no document names {name}"
 
 
 UNITS = {"KiB": 1024, "MiB": 1024**2, "ms": 0.001}

@@ -480,10 +480,10 @@ async def test_a_single_server_is_no_cluster(valkey_program: str) -> None:
         await Broker(server.url.replace("redis:", "redis+cluster:"), client_name="test").connect()
 
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text("utf-8")
-(RIGHTS,) = re.findall(r"^user trunkline (.*)$", README, re.MULTILINE)
-(CLUSTER_RIGHTS,) = re.findall(r"In a Cluster it needs `([^`]+)`", README)
-(SENTINEL_RIGHTS,) = re.findall(r"a user of the Sentinels\s+needs `([^`]+)`", README)
+SETTINGS = (Path(__file__).parent.parent.parent / "docs" / "settings.md").read_text("utf-8")
+(RIGHTS,) = re.findall(r"^user trunkline (.*)$", SETTINGS, re.MULTILINE)
+(CLUSTER_RIGHTS,) = re.findall(r"In a Cluster it needs `([^`]+)`", SETTINGS)
+(SENTINEL_RIGHTS,) = re.findall(r"a user of the Sentinels\s+needs `([^`]+)`", SETTINGS)
 
 
 async def test_a_user_with_the_rights_of_the_readme_in_a_cluster(cluster: ClusterServers) -> None:

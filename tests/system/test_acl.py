@@ -1,6 +1,6 @@
-"""The broker's user of README.md: what it may do suffices for everything we do, and nothing of it is superfluous.
+"""The broker's user of docs/settings.md: what it may do suffices for all we do, and nothing of it is superfluous.
 
-The line is read from README.md itself, so that it cannot go stale there. A broker that enforces it counts which
+The line is read from that page itself, so that it cannot go stale there. A broker that enforces it counts which
 commands ran, and keeps a list of those that it refused.
 """
 
@@ -18,7 +18,7 @@ from tests.servers import BrokerServer
 from tests.system.processes import ROOT, Command
 
 APP = "tests.system.applications:application"
-(ACL_LINE,) = re.findall(r"^user trunkline .*$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+(ACL_LINE,) = re.findall(r"^user trunkline .*$", (ROOT / "docs" / "settings.md").read_text("utf-8"), re.MULTILINE)
 (PASSWORD,) = re.findall(r" >(\S+)", ACL_LINE)
 ALLOWED = set(re.findall(r" \+(\S+)", ACL_LINE))
 # What redis-py asks for by itself: it tells the broker its version where it may, and does not mind where it may not.
@@ -27,7 +27,7 @@ REFUSED_HARMLESSLY = {"client|setinfo"}
 
 @pytest.fixture(params=["valkey", "redis"])
 def server(request, tmp_path):
-    """A broker that has the README's user beside its own, which may do everything."""
+    """A broker that has that user beside its own, which may do everything."""
     path = tmp_path / "users.acl"
     path.write_text(ACL_LINE + "\n")
     program = request.getfixturevalue(f"{request.param}_program")

@@ -1,0 +1,150 @@
+"""The programs in README and docs/, as a reader would copy them, under the real command.
+
+A program is a fenced block whose first line is a comment with its file's name (``# main.py``). Everything else that
+documents say is looked after by tests/test_docs.py.
+"""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+from websockets.sync.client import connect
+
+from tests.servers import free_port
+from tests.system.processes import ROOT, Command, Served, wait_until
+
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(document):
+    return BLOCK.findall((ROOT / document).read_text("utf-8"))
+
+
+def program(document, name):
+    """The one block of ``document`` that begins with the name of its file."""
+    (found,) = [block for block in blocks(document) if block.startswith(f"# {name}\n")]
+    return found
+
+
+def script(document, *words):
+    """The one block without a name that has all of ``words``."""
+    (found,) = [block for block in blocks(document) if not block.startswith("# ") and all(w in block for w in words)]
+    return found
+
+
+def run_script(code, redis_url):
+    assert "redis://localhost:6379" in code
+    code = code.replace("redis://localhost:6379", redis_url)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+
+
+def test_the_quick_start_of_the_readme(tmp_path):
+    (tmp_path / "main.py").write_text(program("README.md", "main.py"))
+    with Served("main:app", "--workers", "2", cwd=tmp_path) as served, connect(served.ws_url + "/room") as ada:
+        ada.send("I am here")  # joined, and heard by herself
+        assert ada.recv(timeout=30) == "I am here"
+        assert httpx.get(served.url + "/say/hello", timeout=30).json() == {"said": "hello"}
+        assert ada.recv(timeout=30) == "hello"
+        run_script(script("README.md", "Publisher"), served.redis_url)
+        assert ada.recv(timeout=30) == "The build is green"
+
+
+def test_rooms_and_streams(tmp_path):
+    (tmp_path / "rooms.py").write_text(program("docs/groups.md", "rooms.py"))
+    with (
+        Served("rooms:application", "--workers", "2", cwd=tmp_path) as served,
+        connect(served.ws_url) as ada,
+        httpx.stream("GET", served.url + "/events", timeout=30) as stream,
+    ):
+        lines = stream.iter_lines()
+        assert [next(lines), next(lines)] == [": welcome", ""]
+        # The application joins behind what it has sent, so a word may come too early: it is said until it is heard.
+        said = threading.Event()
+
+        def repeat():
+            while not said.wait(0.2):
+                assert httpx.post(served.url + "/say", content="hello everybody", timeout=30).status_code == 204
+
+        speaker = threading.Thread(target=repeat)
+        speaker.start()
+        try:
+            assert next(lines) == "data: hello everybody"
+            assert ada.recv(timeout=30) == "hello everybody"
+        finally:
+            said.set()
+            speaker.join()
+        run_script(script("docs/groups.md", "group_send"), served.redis_url)
+        assert "data: the build is green" in lines
+        while (text := ada.recv(timeout=30)) == "hello everybody":
+            pass
+        assert text == "The build is green"
+
+
+def test_background_work(tmp_path):
+    (tmp_path / "work.py").write_text(program("docs/groups.md", "work.py"))
+    with (
+        Served("examples.hello:application") as served,
+        Command(
+            "worker", "work:application", "--redis", served.redis_url, "--channel", "thumbnails", cwd=tmp_path
+        ) as worker,
+    ):
+        run_script(script("docs/groups.md", "thumbnails"), served.redis_url)
+        worker.wait_for("thumbnail 7 from thumbnails")
+
+
+def test_a_protocol_of_one_s_own(tmp_path):
+    port = free_port()
+    lines = program("docs/own_protocols.md", "lines.py")
+    assert "port=9000" in lines
+    (tmp_path / "lines.py").write_text(lines.replace("port=9000", f"port={port}"))
+    (tmp_path / "shout.py").write_text(program("docs/own_protocols.md", "shout.py"))
+    with (
+        Served("examples.hello:application") as served,
+        Command("worker", "shout:application", "--redis", served.redis_url, "--protocol", "tcp", cwd=tmp_path),
+    ):
+        server = subprocess.Popen([sys.executable, str(tmp_path / "lines.py"), served.redis_url], cwd=ROOT)
+        try:
+            wait_until(lambda: answers(port), 30, "the server listens")
+            with socket.create_connection(("127.0.0.1", port), timeout=30) as client, client.makefile("rb") as answer:
+                client.sendall(b"hello\n")
+                assert answer.readline() == b"HELLO\n"
+        finally:
+            server.terminate()
+            assert server.wait(30) == 0
+
+
+def answers(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def count_on(tmp_path, application, path):
+    """Count to 2, replace the worker, count on."""
+    with Served(application, cwd=tmp_path) as served, connect(served.ws_url + path) as client:
+        for number in ("1", "2"):
+            client.send("one more")
+            assert client.recv(timeout=30) == number
+        served.process.send_signal(signal.SIGHUP)
+        served.wait_for("all workers are replaced")
+        client.send("one more")
+        assert client.recv(timeout=30) == "3"
+
+
+def test_a_counter_with_checkpoints(tmp_path):
+    (code,) = [block for block in blocks("docs/handover.md") if block.startswith("async def application")]
+    (tmp_path / "counter.py").write_text(code)
+    count_on(tmp_path, "counter:application", "/")
+
+
+def test_hand_over_in_one_line(tmp_path):
+    framework = "from fastapi import FastAPI, WebSocket\n\napp = FastAPI()\n"
+    imports, count = (script("docs/handover.md", words) for words in ("import store_state", "@app.websocket"))
+    (tmp_path / "counting.py").write_text(framework + imports + count)
+    count_on(tmp_path, "counting:app", "/count")
