@@ -112,6 +112,7 @@ class Http1Protocol(Protocol):
         self._waits_for_head = False  # its deadline is that of a head that has begun
         self._pace: BodyPace | None = None  # of a body that has not come whole
         self._dropped_bytes = 0  # in DRAIN
+        self._awaits_turn = False  # of Turns: a body of so many chunks has come that the others go first
 
     def __repr__(self) -> str:
         return (
@@ -371,9 +372,9 @@ class Http1Protocol(Protocol):
     def _step(self) -> bool:
         phase = self.phase
         if phase is Phase.EXCHANGE:
-            if self._application_is_full or self._reader.body_is_complete:
+            if self._application_is_full or self._reader.body_is_complete or self._awaits_turn:
                 return False
-        elif phase is not Phase.HEAD and phase is not Phase.DRAIN:
+        elif (phase is not Phase.HEAD and phase is not Phase.DRAIN) or self._awaits_turn:
             return False
         try:
             event = self._reader.next_event()
@@ -387,6 +388,9 @@ class Http1Protocol(Protocol):
         if event is None:
             self._wait()
             return False
+        if self._reader.is_behind:
+            self._awaits_turn = True
+            self.factory.turns.wait(self._next_turn)
         if phase is Phase.EXCHANGE:
             self._relay(event)
         else:
@@ -399,6 +403,10 @@ class Http1Protocol(Protocol):
                 if self.factory.is_stopping:
                     self._close()
         return True
+
+    def _next_turn(self) -> None:
+        self._awaits_turn = False
+        self._advance()
 
     def _wait(self) -> None:
         """Nothing more can be done until the client sends something: at most so long."""
@@ -464,6 +472,9 @@ class Http1Protocol(Protocol):
             event = reader.next_event()  # BadRequest here: nobody has been asked yet
             assert event is None or isinstance(event, BodyPiece)
             first = event
+            if reader.is_behind:
+                self._awaits_turn = True
+                factory.turns.wait(self._next_turn)
         exchange = HttpExchange(
             method=head.method,
             http_version=head.http_version,
@@ -560,14 +571,14 @@ class Http1Protocol(Protocol):
         phase = self.phase
         if phase is Phase.EXCHANGE:
             reader = self._reader
-            wanted = not self._application_is_full and not (
+            wanted = not (self._application_is_full or self._awaits_turn) and not (
                 reader.buffered_bytes > _PIPELINED_BYTES_MAX and reader.body_is_complete
             )
         elif phase is Phase.LINGER:
             assert self._closing is not None
             wanted = self._closing.may_read
         elif phase is Phase.HEAD or phase is Phase.DRAIN:
-            wanted = True
+            wanted = not self._awaits_turn
         else:
             return
         if wanted is self._is_reading:

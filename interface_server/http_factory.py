@@ -21,6 +21,7 @@ from interface_server.protocol.proxy_headers import ProxyHeaders
 from interface_server.protocol.request_reader import ReaderLimits
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.settings import InterfaceSettings
+from interface_server.turns import Turns
 from interface_server.websocket import WebSockets
 
 __all__ = ["HttpFactory", "HttpStatistics"]
@@ -52,6 +53,7 @@ class HttpFactory(Factory):
         deadlines: Deadlines,
         server_headers: ServerHeaders,
         end_watch: EndWatch | None = None,
+        turns: Turns | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.settings = settings
@@ -61,6 +63,7 @@ class HttpFactory(Factory):
         self.deadlines = deadlines
         self.server_headers = server_headers
         self.end_watch = end_watch  # None: the ends of sockets that are not read are not watched
+        self.turns = Turns() if turns is None else turns  # of clients that sent more than is read in one go
         self.clock = clock  # for the access log
         self.limits = ReaderLimits(
             request_line_bytes_max=settings.request_line_bytes_max,

@@ -31,6 +31,7 @@ from interface_server.access_log import AccessLog
 from interface_server.connections import Connections, ConnectionsStatistics
 from interface_server.listening import Listener, adopt, describe, describe_all, open_listeners
 from interface_server.settings import InterfaceSettings
+from interface_server.turns import Turns
 
 if TYPE_CHECKING:
     from interface_server.tls import TlsContext
@@ -197,12 +198,14 @@ class InterfaceServer:
         headers = ServerHeaders(
             date=settings.date_header, server=settings.server_header, extra=settings.extra_headers, clock=wall_clock
         )
+        turns = Turns(loop.call_soon)
         websockets = WebSockets(
             settings=settings,
             connections=self.connections,
             access_log=self._access_log,
             deadlines=self._deadlines,
             server_headers=headers,
+            turns=turns,
         )
         self._http1 = HttpFactory(
             settings=settings,
@@ -212,6 +215,7 @@ class InterfaceServer:
             deadlines=self._deadlines,
             server_headers=headers,
             end_watch=self._end_watch,
+            turns=turns,
         )
         self._websockets = websockets
 

@@ -10,9 +10,7 @@ Does not live here: the rules (protocol/websocket_handshake.py, protocol/websock
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from random import random
 from typing import TYPE_CHECKING, Any, Final
@@ -24,7 +22,7 @@ from interface_server.protocol.http2_websocket import Http2Answers, read_extende
 from interface_server.protocol.request import Peer, RequestHead
 from interface_server.protocol.scope import build_websocket_scope
 from interface_server.protocol.websocket_answers import Http1Answers
-from interface_server.protocol.websocket_frames import PING, build_frame
+from interface_server.protocol.websocket_frames import PING, PONG, build_frame
 from interface_server.protocol.websocket_handshake import Handshake, HandshakeFault, read_handshake
 from interface_server.protocol.websocket_session import (
     Abort,
@@ -39,6 +37,7 @@ from interface_server.protocol.websocket_session import (
     Write,
 )
 from interface_server.transports import buffered_bytes, unsent_bytes
+from interface_server.turns import Turns
 
 if TYPE_CHECKING:
     from interface_server.access_log import AccessLog
@@ -85,14 +84,14 @@ class WebSockets:
         access_log: AccessLog,
         deadlines: Deadlines,
         server_headers: ServerHeaders,
-        call_soon: Callable[[Callable[[], None]], Any] | None = None,
+        turns: Turns | None = None,
     ) -> None:
-        """``call_soon``: of the loop that runs; None: asyncio's."""
+        """``turns``: of all clients of the process; None: of WebSockets alone."""
         self.settings = settings
         self.connections = connections
         self.access_log = access_log
         self.deadlines = deadlines
-        self._call_soon = call_soon
+        self.turns = Turns() if turns is None else turns
         self.answers = Http1Answers(server_headers)
         self.http2_answers = Http2Answers(server_headers)
         self.clients: set[WebSocketClient] = set()  # until their sockets are gone; bounded by the sockets
@@ -102,10 +101,6 @@ class WebSockets:
 
     def __repr__(self) -> str:
         return f"<WebSockets {len(self.clients)}>"
-
-    def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call back in the next turn of the loop, behind what others have to read."""
-        (self._call_soon or asyncio.get_running_loop().call_soon)(callback)
 
     def statistics(self) -> WebSocketsStatistics:
         states = [client.state for client in self.clients]
@@ -340,6 +335,8 @@ class WebSocketClient:
             # A client that does not read must not make us write. RFC 6455 section 5.5.3: answering the last ping
             # is enough.
             self._pong_due = payload
+        elif self._session.state is State.OPEN:
+            self._write(build_frame(PONG, payload))  # as below, for nearly all: a flood of pings is cheap to send
         else:
             self._carry_out(self._session.ping(payload))
 
@@ -479,7 +476,7 @@ class WebSocketClient:
     def _turn_over(self) -> None:
         """So much has come at once that the others have their turn now."""
         self._pause_transport()
-        self._shared.call_soon(self._next_turn)
+        self._shared.turns.wait(self._next_turn)
 
     def _next_turn(self) -> None:
         if self not in self._shared.clients:

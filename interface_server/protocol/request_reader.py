@@ -154,13 +154,19 @@ class RequestReader:
         return self._part is _Part.HEAD
 
     @property
+    def is_behind(self) -> bool:
+        """True when the last event was enough work for one turn of the loop: ask for the next one in another."""
+        return self._chunks is not None and self._chunks.is_behind
+
+    @property
     def body_bytes_missing(self) -> int:
         """How much the client has to send at least until the body is complete."""
         if self._part is _Part.HEAD:
             return 0
         if self._part is _Part.LENGTH_BODY:
             return max(0, self._remaining_bytes - self.buffered_bytes)
-        return 1
+        # Its end may be in what is not read yet.
+        return 0 if self._data.find(b"\r\n\r\n", self._position) >= 0 else 1
 
     def feed(self, data: bytes) -> None:
         """Add what the client sent."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from interface_server.frame_reader import FrameReader
+from interface_server.frame_reader import TURN_FRAMES_MAX, FrameReader
 from tests.interface_server.websocket_helpers import client_close, client_frame
 
 MESSAGE_BYTES_MAX = 100_000
@@ -296,6 +296,68 @@ def test_a_read_full_of_empty_messages_stops_at_the_pause():
     recorder.pause_after = None
     recorder.reader.resume()
     assert recorder.calls == [b""] * 10_922
+
+
+@pytest.mark.parametrize("opcodes", [(9,), (10,), (2,), (9, 2), (9, 10, 1)])
+def test_so_many_frames_are_read_in_a_turn(opcodes):
+    """Whichever way they are read: the number of frames is what holds the loop up."""
+    recorder = Recorder()
+    turns = []
+    reader = recorder.reader = FrameReader(
+        message=recorder.message,
+        ping=lambda payload: recorder.calls.append(("ping", payload)),
+        close_frame=recorder.calls.append,
+        fault=recorder.calls.append,
+        message_bytes_max=MESSAGE_BYTES_MAX,
+        turn_over=lambda: turns.append(len(recorder.calls)),
+    )
+    reader.feed(b"".join(client_frame(opcode) for opcode in opcodes) * (10_000 // len(opcodes)))
+    while reader.is_behind:
+        before = len(recorder.calls)
+        reader.next_turn()
+        assert len(recorder.calls) - before <= TURN_FRAMES_MAX
+    assert 10_000 / TURN_FRAMES_MAX - 2 < len(turns) < 10_000 / TURN_FRAMES_MAX + 1
+    assert len(recorder.calls) == (0 if opcodes == (10,) else 10_000 // len(opcodes) * len({*opcodes} - {10}))
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_fragments_are_frames_as_well(text):
+    recorder = Recorder()
+    turns = []
+    reader = FrameReader(
+        message=recorder.message,
+        ping=recorder.calls.append,
+        close_frame=recorder.calls.append,
+        fault=recorder.calls.append,
+        message_bytes_max=MESSAGE_BYTES_MAX,
+        turn_over=lambda: turns.append(None),
+    )
+    reader.feed(
+        client_frame(1 if text else 2, b"x", fin=False) + client_frame(0, b"x", fin=False) * 5000 + client_frame(0)
+    )
+    while reader.is_behind:
+        assert recorder.calls == []
+        reader.next_turn()
+    assert recorder.calls == ["x" * 5001 if text else b"x" * 5001]
+    assert len(turns) == 5002 // TURN_FRAMES_MAX
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.data())
+def test_the_short_ways_and_autobahn_read_the_same_of_fragments(data):
+    """Byte by byte nearly everything goes to Autobahn; whole, nothing that is short."""
+    frame = st.builds(
+        client_frame,
+        st.sampled_from([0, 0, 0, 1, 2, 8, 9, 10, 3]),
+        st.sampled_from([b"", b"a", b"\xc3", b"\xa4", b"\xff", b"x" * 125, b"x" * 126, b"x" * 30_000]),
+        fin=st.booleans(),
+        rsv=st.sampled_from([0, 0, 0, 4, 1]),
+        mask=st.sampled_from([b"abcd", b"\0\0\0\0", None, b"abcd"]),
+    )
+    wire = b"".join(data.draw(st.lists(frame, max_size=8)))
+    window_bits = data.draw(st.sampled_from([None, 12]))
+    whole = read(wire, window_bits=window_bits)
+    assert read(wire, step=data.draw(st.sampled_from([1, 7, 130])), window_bits=window_bits) == whole
 
 
 def test_small_frames_take_time_in_proportion_to_their_number():

@@ -8,7 +8,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import h11
 import pytest
@@ -26,8 +26,10 @@ from interface_server.deadlines import Deadlines
 from interface_server.end_watch import EndWatch
 from interface_server.http1 import Phase
 from interface_server.http_factory import HttpFactory
+from interface_server.protocol.chunked_body import TURN_CHUNKS_MAX
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.settings import InterfaceSettings
+from interface_server.turns import Turns
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -222,6 +224,8 @@ class World:
         self.connections = FakeConnections()
         self.deadlines = Deadlines(call_later=self.clock.callLater, clock=self.clock.seconds)
         self.factory = build_factory(self.connections, self.deadlines, **changes)
+        self.turns: list[Callable[[], None]] = []  # what waits for the next turn of the loop
+        self.factory.turns = Turns(self.turns.append)
         self.transport = Transport() if transport is None else transport
         self.protocol = self.factory.buildProtocol(None)
         self.protocol.makeConnection(self.transport)
@@ -252,6 +256,10 @@ class World:
     def advance(self, seconds: float) -> None:
         for _ in range(int(seconds * 4)):
             self.clock.advance(0.25)
+
+    def run_turns(self) -> None:
+        while self.turns:
+            self.turns.pop(0)()
 
     def lose(self) -> None:
         self.protocol.connectionLost(Failure(ConnectionDone()))
@@ -496,6 +504,66 @@ def test_a_slow_application_stops_the_reading_of_its_client() -> None:
     assert world.is_paused
     world.last.respond()  # it will never read the rest
     assert not world.is_paused
+
+
+CHUNKED: Final = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_a_read_full_of_small_chunks_takes_many_turns() -> None:
+    """Between them all others are read; meanwhile the flood's own socket is not."""
+    world = World()
+    world.feed(CHUNKED, b"1\r\nx\r\n" * 10_000 + b"0\r\n\r\n" + GET)
+    turns = 1
+    while world.turns:
+        assert world.is_paused
+        assert len(world.last.body) == turns * TURN_CHUNKS_MAX
+        world.last.client.pause_reading()
+        world.last.client.resume_reading()  # changes nothing: it is not its turn
+        assert len(world.last.body) == turns * TURN_CHUNKS_MAX
+        assert len(world.turns) == 1
+        world.turns.pop()()
+        turns += 1
+    assert turns == 10_000 // TURN_CHUNKS_MAX + 1
+    assert world.last.is_complete
+    assert world.last.body == b"x" * 10_000
+    assert not world.is_paused
+    world.last.respond()
+    world.last.respond()
+    assert world.take() == OK + OK
+
+
+def test_small_chunks_in_one_packet_with_their_head_take_many_turns() -> None:
+    world = World()
+    world.feed(CHUNKED + b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n")
+    assert len(world.last.body) == TURN_CHUNKS_MAX
+    assert len(world.turns) == 1
+    world.run_turns()
+    assert len(world.last.body) == 1000
+    assert world.last.is_complete
+
+
+@pytest.mark.parametrize("end", ["lost", "answered", "not taken"])
+def test_ends_between_two_turns_of_a_flood_of_chunks(end: str) -> None:
+    world = World()
+    world.feed(CHUNKED, b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n" + GET)
+    connection = world.last
+    if end == "lost":
+        world.lose()
+    elif end == "answered":
+        connection.respond()
+        assert world.protocol.phase is Phase.DRAIN
+        assert world.is_paused
+    else:
+        connection.client.pause_reading()
+    world.run_turns()
+    assert len(connection.body) == TURN_CHUNKS_MAX
+    if end == "answered":
+        assert len(world.connections.opened) == 2  # the rest is thrown away, at its turns
+        assert not world.is_paused
+    elif end == "not taken":
+        connection.client.resume_reading()
+        world.run_turns()
+        assert connection.is_complete
 
 
 def test_a_body_nobody_read_is_dropped_before_the_next_request() -> None:

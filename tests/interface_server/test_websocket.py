@@ -24,6 +24,7 @@ from interface_server.http_factory import HttpFactory
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.protocol.websocket_frames import PING, PONG, TEXT, build_close, build_frame
 from interface_server.protocol.websocket_session import State
+from interface_server.turns import Turns
 from interface_server.websocket import WebSockets
 from tests.interface_server.test_connections import FakeLayer
 from tests.interface_server.websocket_helpers import (
@@ -121,7 +122,7 @@ class World:
             access_log=self.access_log,
             deadlines=Deadlines(call_later=self.clock.call_later, clock=self.clock),
             server_headers=ServerHeaders(date=False, server=True, clock=self.clock),
-            call_soon=lambda callback: self.turns.append(callback),
+            turns=Turns(lambda callback: self.turns.append(callback)),
         )
         self.turns = []  # what waits for the next turn of the loop
         self.transport = FakeTransport()
@@ -629,7 +630,7 @@ def test_an_error_of_ours_costs_one_connection(caplog, monkeypatch):
     world = opened()
     monkeypatch.setattr("interface_server.frame_reader.FrameReader.processControlFrame", lambda self: 1 / 0)
     with caplog.at_level(logging.ERROR, "trunkline.interface"):
-        world.client.data_received(client_frame(9))
+        world.client.data_received(client_frame(8))
     assert "ZeroDivisionError" in caplog.text
     assert world.transport.take() == build_close(1011, "internal error")
     assert world.disconnect == (1011, "internal error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from interface_server.protocol.chunked_body import PIECE_BYTES_MAX, BodyPiece
+from interface_server.protocol.chunked_body import PIECE_BYTES_MAX, TURN_CHUNKS_MAX, BodyPiece
 from interface_server.protocol.errors import BadRequest
 from interface_server.protocol.request import RequestHead
 from interface_server.protocol.request_reader import ReaderLimits, RequestReader, RequestStart
@@ -250,10 +251,29 @@ def test_a_piece_is_never_larger_than_its_limit(coding: bytes) -> None:
 
 def test_small_chunks_become_one_piece() -> None:
     reader = RequestReader(DEFAULT)
-    reader.feed(request(b"POST / HTTP/1.1", b"Transfer-Encoding: chunked") + b"1\r\nx\r\n" * 1000)
+    reader.feed(request(b"POST / HTTP/1.1", b"Transfer-Encoding: chunked") + b"1\r\nx\r\n" * 200)
     reader.next_event()
-    assert reader.next_event() == BodyPiece(b"x" * 1000, False)
+    assert reader.next_event() == BodyPiece(b"x" * 200, False)
+    assert not reader.is_behind
     assert reader.next_event() is None
+
+
+@pytest.mark.parametrize("chunk", [b"1\r\nx\r\n", b"1;a\r\nx\r\n", b"0000001\r\nx\r\n", b"1\r\nx\r\n001\r\nx\r\n"])
+def test_a_read_full_of_small_chunks_is_many_turns(chunk: bytes) -> None:
+    """64 KiB hold 10,922 chunks of a byte; nobody else is served while they are read."""
+    reader = RequestReader(replace(DEFAULT, chunk_extensions_bytes_max=10**6))
+    count = 65536 // len(chunk)
+    reader.feed(request(b"POST / HTTP/1.1", b"Transfer-Encoding: chunked") + chunk * count + b"0\r\n\r\n")
+    reader.next_event()
+    body = b""
+    while not reader.body_is_complete:
+        assert reader.body_bytes_missing == 0
+        piece = reader.next_event()
+        assert isinstance(piece, BodyPiece)
+        assert len(piece.data) == TURN_CHUNKS_MAX or piece.is_last
+        assert reader.is_behind is not piece.is_last
+        body += piece.data
+    assert body == b"x" * (count * chunk.count(b"x"))
 
 
 def test_a_piece_of_one_read_is_not_copied() -> None:

@@ -1,0 +1,65 @@
+"""Whose turn it is among clients that have sent more than is read in one go. No I/O, no clock.
+
+One read of a socket may hold 10,922 pings or chunks of a byte, and whoever reads it to its end has the loop for 10 ms
+and longer, while everybody else waits. So each reader stops behind some of them (``TURN_FRAMES_MAX`` of
+frame_reader.py, ``TURN_CHUNKS_MAX`` of chunked_body.py), pauses its transport and asks here for another turn.
+
+In a turn of the loop **one** client goes on, however many wait, then all sockets are looked at again: a thousand
+floods hold up what their neighbours send as little as one does, and share what is left of the loop among themselves.
+A client that sends little never comes here: it is read at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+__all__ = ["Turns"]
+
+_LOGGER: Final = logging.getLogger("trunkline.interface")
+
+
+class Turns:
+    """One for all clients of a process, WebSockets and others."""
+
+    __slots__ = ("_call_soon", "_is_called", "_waiting")
+
+    def __init__(self, call_soon: Callable[[Callable[[], None]], Any] | None = None) -> None:
+        """``call_soon``: of the loop that runs; None: asyncio's."""
+        self._call_soon = call_soon
+        # Bounded by the sockets: a client waits here once at most, and its transport is paused meanwhile.
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._is_called = False  # the loop will call _next, or does
+
+    def __repr__(self) -> str:
+        return f"<Turns waiting={len(self._waiting)}>"
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def wait(self, go_on: Callable[[], None]) -> None:
+        """Call ``go_on``, once, in a later turn of the loop, behind those who wait already.
+
+        It cannot be taken back: who is gone by then finds that out by itself.
+        """
+        self._waiting.append(go_on)
+        if not self._is_called:
+            self._is_called = True
+            self._call()
+
+    def _call(self) -> None:
+        (self._call_soon or asyncio.get_running_loop().call_soon)(self._next)
+
+    def _next(self) -> None:
+        try:
+            self._waiting.popleft()()
+        except Exception:
+            # One client's affair; the others wait behind it.
+            _LOGGER.exception("a client could not go on")
+        if self._waiting:
+            self._call()
+        else:
+            self._is_called = False
