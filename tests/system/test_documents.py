@@ -125,15 +125,15 @@ def answers(port):
     return True
 
 
-def count_on(tmp_path, application, path):
+def count_on(tmp_path, application, path, message="one more"):
     """Count to 2, replace the worker, count on."""
     with Served(application, cwd=tmp_path) as served, connect(served.ws_url + path) as client:
         for number in ("1", "2"):
-            client.send("one more")
+            client.send(message)
             assert client.recv(timeout=30) == number
         served.process.send_signal(signal.SIGHUP)
         served.wait_for("all workers are replaced")
-        client.send("one more")
+        client.send(message)
         assert client.recv(timeout=30) == "3"
 
 
@@ -148,3 +148,12 @@ def test_hand_over_in_one_line(tmp_path):
     imports, count = (script("docs/handover.md", words) for words in ("import store_state", "@app.websocket"))
     (tmp_path / "counting.py").write_text(framework + imports + count)
     count_on(tmp_path, "counting:app", "/count")
+
+
+def test_a_consumer_with_checkpoints(tmp_path):
+    """Channels, and JSON both ways."""
+    settings = "from django.conf import settings\n\nsettings.configure()\n"
+    consumer = "from channels.generic.websocket import AsyncJsonWebsocketConsumer\n"
+    code = script("docs/handover.md", "class Counter(HandoverMixin")
+    (tmp_path / "consumer.py").write_text(f"{settings}{consumer}{code}\n\napplication = Counter.as_asgi()\n")
+    count_on(tmp_path, "consumer:application", "/", message='"one more"')
