@@ -541,7 +541,7 @@ class Connections:
     # From one owner to the next
 
     def _owner_lost(self, connection: ClientConnection) -> None:
-        """Its worker is dead: DESIGN's table."""
+        """Its worker is dead: docs/failure_modes.md says what follows."""
         if connection.state is not State.OWNED or not connection.is_alive:
             self._end(connection, Refusal.WORKER_LOST)
             return

@@ -95,7 +95,7 @@ class Loss:
 def decide_after_loss(
     loss: Loss, now: float, *, is_answered: bool, is_repeatable: bool, is_movable: bool
 ) -> NextStep:
-    """Decide about a connection whose client is there; DESIGN's table of deaths. Notes the loss.
+    """Decide about a connection whose client is there; docs/failure_modes.md has the table. Notes the loss.
 
     ``is_answered``: something of an application has arrived. ``is_repeatable``: the opening may run twice (safe, or a
     WebSocket) and is held with all that belongs to it.
