@@ -3,9 +3,16 @@
     from channel_layer import get_channel_layer
     await get_channel_layer().group_send("room", {"type": "websocket.send", "text": "hello"})
 
-Names are loaded at their first use, so importing the package costs and does nothing; ``python publish.py`` loads
-the publisher only. Inside a worker ``get_channel_layer()`` is the worker's own layer, which worker/process.py
-installs; elsewhere it is one shared RedisChannelLayer for the broker that TRUNKLINE_REDIS names.
+    get_channel_layer     the layer of this process
+    RedisChannelLayer     one with options of its own; the backend for Django Channels
+    InMemoryChannelLayer  for tests: the same contract without a broker
+    Publisher             send and group_send as plain calls, for scripts
+    ChannelFull, MessageTooLarge, InvalidMessage    what they raise (errors.py has all)
+
+What the calls do is said in base.ChannelLayer; docs/groups.md is the guide. Names are loaded at their first use, so
+importing the package costs and does nothing; ``python publish.py`` loads the publisher only. Inside a worker
+``get_channel_layer()`` is the worker's own layer, which worker/process.py installs; elsewhere it is one shared
+RedisChannelLayer for the broker that TRUNKLINE_REDIS names.
 """
 
 from __future__ import annotations
@@ -65,10 +72,12 @@ _shared_layer: tuple[int, ChannelLayer] | None = None
 
 
 def get_channel_layer() -> ChannelLayer:
-    """Return the channel layer of this process; the same object every time.
+    """Return the channel layer of this process: the same object every time, for any loop and any thread.
 
-    Raises RuntimeError outside of a worker if TRUNKLINE_REDIS is not set. Nothing connects before the first call
-    on the layer. TRUNKLINE_PREFIX separates deployments that share a broker.
+    In a worker it is the worker's own; elsewhere one for the broker in TRUNKLINE_REDIS, with the prefix in
+    TRUNKLINE_PREFIX and the keys in TRUNKLINE_ENCRYPTION_KEYS. What its calls do and raise: base.ChannelLayer.
+    Nothing connects before the first of them. Raises RuntimeError outside of a worker if TRUNKLINE_REDIS is not
+    set.
     """
     global _shared_layer
     with _lock:

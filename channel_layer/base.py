@@ -18,9 +18,16 @@ Message = Mapping[str, Any]
 
 
 class ChannelLayer(Protocol):
-    """Named channels and groups; channel layer specification, C1-C22 in docs/conformance.md."""
+    """Named channels and groups; channel layer specification, C1-C22 in docs/conformance.md.
 
-    extensions: list[str]
+    A message is a dict of the types that ASGI allows in events ("Events"), 2.25 MiB encoded at most; it is checked
+    and copied before anything is sent. Names are 1 to 100 ASCII letters, digits, ".", "-" and "_". Besides what
+    each call names, it raises InvalidName (a TypeError), and InvalidMessage (a ValueError) with the place of a
+    value; while the broker is away, calls wait for 10 s at most and then raise BrokerUnavailable (a
+    ConnectionError). receive() waits on.
+    """
+
+    extensions: list[str]  # "groups", "flush"; specification, "Extensions"
 
     @property
     def ChannelFull(self) -> type[Exception]:
@@ -33,31 +40,47 @@ class ChannelLayer(Protocol):
     async def send(self, channel: str, message: Message) -> None:
         """Append a message to a channel; return when the broker has it.
 
-        Never waits for room: raises ChannelFull, MessageTooLarge, InvalidMessage, InvalidName (TypeError),
-        BrokerUnavailable (ConnectionError).
+        Nobody need receive: it expires (60 s, unless the layer has another ``expiry``). Never waits for room: raises
+        ChannelFull at the capacity (100 messages unless the layer has another), and MessageTooLarge. After
+        BrokerUnavailable it may or may not be there, and is not sent again. Specification, "Capacity".
         """
 
     async def receive(self, channel: str) -> dict[str, Any]:
-        """Wait for the next message of a channel. A cancelled call leaves the message to the next reader."""
+        """Wait for the next message of a channel, for as long as it takes.
+
+        Each message goes to one reader, the oldest first. A cancelled call leaves the message to the next reader.
+        Raises InvalidName for a process-local channel of another process.
+        """
 
     async def new_channel(self, prefix: str = "specific") -> str:
-        """Return the name of a new channel that only this process reads."""
+        """Return the name of a new channel that only this process reads: ``<prefix>.<process id>!<random>``.
+
+        It exists as long as somebody uses it; there is nothing to close.
+        """
 
     async def group_add(self, group: str, channel: str) -> None:
         """Add a channel to a group; when this returns, a following group_send reaches it.
 
-        Idempotent. On a channel of another process it asks that process, and raises TimeoutError after 5 s
-        without an answer; a dead owner is a no-op.
+        Idempotent. A membership ends with its channel's connection or process, or with group_discard. On a channel
+        of another process it asks that process, and raises TimeoutError after 5 s without an answer; a dead owner
+        is a no-op.
         """
 
     async def group_discard(self, group: str, channel: str) -> None:
-        """Remove a channel from a group; no error if it was not a member."""
+        """Remove a channel from a group; no error if it was not a member. Raises TimeoutError as group_add does."""
 
     async def group_send(self, group: str, message: Message) -> None:
-        """Send a message to all channels of a group. Never raises ChannelFull."""
+        """Send a message to all channels of a group; return when it is on its way to each process with members.
+
+        At most once for each member; one that is full misses it, and is counted. Raises MessageTooLarge, never
+        ChannelFull. What a client's connection does with it depends on the type: docs/groups.md.
+        """
 
     async def flush(self) -> None:
-        """Forget all messages and memberships; returns when every client sees an empty layer."""
+        """Forget all messages and memberships of the deployment; return when every process has (5 s at most).
+
+        Connections of clients go on. For tests.
+        """
 
 
 class LocalDelivery(Protocol):

@@ -51,7 +51,7 @@ RESERVED_KEY: Final = "__asgi_channel__"
 EXPIRY_DEFAULT_S: Final = 60.0
 # As Channels. Messages waiting in one channel; one more raises ChannelFull (group_send drops it instead).
 CAPACITY_DEFAULT: Final = 100
-# As Channels: a day after its last group_add, a membership ends (InMemoryChannelLayer only).
+# As Channels: a day after its last group_add, a membership ends; in RedisChannelLayer only that of a normal channel.
 GROUP_EXPIRY_DEFAULT_S: Final = 86400.0
 
 _DEADLINE_BYTES: Final = 8

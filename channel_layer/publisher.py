@@ -59,7 +59,10 @@ class PublisherStatistics:
 
 
 class Publisher:
-    """``send`` and ``group_send`` as plain calls. Connects at the first call; usable from several threads in turn."""
+    """``send`` and ``group_send`` as plain calls. Connects at the first call; usable from several threads in turn.
+
+    Never sends twice: after an error the caller decides. A context manager; close() ends the connection.
+    """
 
     def __init__(
         self,
@@ -75,8 +78,10 @@ class Publisher:
         """``url``, ``prefix`` and the keys come from TRUNKLINE_REDIS, TRUNKLINE_PREFIX and TRUNKLINE_ENCRYPTION_KEYS
         where they are not given.
 
-        The other options mean what they mean for RedisChannelLayer. Raises
-        RuntimeError without a URL, and ValueError and TypeError, which name the option.
+        ``url`` may name several servers, Sentinels or a Cluster, as --redis does (docs/settings.md). ``expiry`` is
+        in seconds, ``capacity`` and ``channel_capacity`` in messages, as for RedisChannelLayer; an answer of the
+        broker is waited for ``socket_timeout_s`` seconds. Raises RuntimeError without a URL, and ValueError and
+        TypeError, which name the option.
         """
         if url is None:
             url = os.environ.get("TRUNKLINE_REDIS") or None
@@ -118,6 +123,7 @@ class Publisher:
         self.close()
 
     def statistics(self) -> PublisherStatistics:
+        """Return what was sent and refused since this object was made."""
         return PublisherStatistics(
             sent_count=self._sent_count,
             full_count=self._full_count,
@@ -134,8 +140,9 @@ class Publisher:
     def send(self, channel: str, message: Message) -> None:
         """Append a message to a channel; return when the broker has it.
 
-        Raises ChannelFull, MessageTooLarge, InvalidMessage, InvalidName (a TypeError), and BrokerUnavailable (a
-        ConnectionError): then the message may or may not have been stored.
+        Raises ChannelFull, MessageTooLarge, InvalidMessage (a ValueError), InvalidName (a TypeError), BrokerError
+        where the broker refuses the command, and BrokerUnavailable (a ConnectionError): then the message may or may
+        not have been stored.
         """
         check_channel_name(channel)
         encoded = encode_message(message)
@@ -157,8 +164,9 @@ class Publisher:
     def group_send(self, group: str, message: Message) -> None:
         """Send a message to all channels of a group; return when it is on its way to each process with members.
 
-        A process or normal channel that is full misses it; never raises ChannelFull. Otherwise raises what send()
-        raises; BrokerUnavailable then means that some processes may have it and others not.
+        A process or normal channel that is full misses it (``group_dropped_count``); never raises ChannelFull.
+        Otherwise raises what send() raises; BrokerUnavailable then means that some processes may have it and others
+        not.
         """
         check_group_name(group)
         encoded = encode_message(message)

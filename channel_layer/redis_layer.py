@@ -71,14 +71,20 @@ class RedisChannelLayer(ChannelsBackend):
         on_reconnect: str | None = None,
         **unsupported: Any,
     ) -> None:
-        """The options of channels_redis' two layers; hosts.py says what ``hosts`` may hold.
+        """The options of channels_redis' two layers. Raises ValueError and TypeError, which name the option and what
+        to use instead.
 
-        ``prefix`` is TRUNKLINE_PREFIX or "trunkline" by default, ``symmetric_encryption_keys`` those in
-        TRUNKLINE_ENCRYPTION_KEYS. ``group_expiry`` concerns memberships of normal channels, others end with their
-        process. ``on_disconnect`` and ``on_reconnect`` are types of messages that the channels of this process get
-        when the broker goes and comes back. ``random_prefix_length`` and which of "msgpack" and "json"
-        ``serializer_format`` names change nothing. Raises ValueError and TypeError, which name the option and what to
-        use instead.
+        hosts                      brokers, as hosts.py spells them; None: the worker's own, else TRUNKLINE_REDIS
+        prefix                     of the broker's keys; None: TRUNKLINE_PREFIX, else "trunkline"
+        expiry                     seconds that a message waits for a reader (60)
+        group_expiry               seconds that a normal channel stays in a group (86400); others: until they end
+        capacity                   messages in a channel (100); channel_capacity: others by pattern (capacity.py)
+        symmetric_encryption_keys  the first encrypts, each decrypts; None: TRUNKLINE_ENCRYPTION_KEYS
+        on_disconnect              type of the message that the channels of this process get when the broker goes
+        on_reconnect               … and when it is back
+        random_prefix_length, serializer_format ("msgpack" or "json")    accepted; they change nothing
+
+        In a worker, and with the worker's own broker, the worker's expiry, capacities and keys hold.
         """
         for name in unsupported:
             hint = _UNSUPPORTED.get(name)

@@ -120,17 +120,23 @@ class ClientSocket:
     # For the protocol
 
     def send_event(self, event: dict[str, Any]) -> None:
-        """Send an event to the application; its type begins with the scope type and a dot. Values as ASGI allows."""
+        """Send an event to the application; its type begins with the scope type and a dot. Values as ASGI allows.
+
+        Never waits: when too much is on its way, the socket is not read. Raises InvalidMessage for other values.
+        Ignored when the client is gone.
+        """
         if self._connection is not None:
             self._connection.send_event(event)
 
     def write(self, data: bytes) -> None:
-        """Write to the client."""
+        """Write to the client; ignored behind close(). Never waits: while the client does not read,
+        ``event_received`` is not called.
+        """
         if not self._is_closing:
             self._transport.write(data)
 
     def close(self) -> None:
-        """Close the socket behind what was written; the application gets its disconnect."""
+        """Close the socket behind what was written (for which it has 5 s); the application gets its disconnect."""
         if self._is_closing:
             return
         self._is_closing = True

@@ -25,7 +25,10 @@ _NOTHING: Final = object()
 
 
 def stored_state(default: Any = None) -> Any:
-    """Return what the former instance of this WebSocket stored last; ``default`` where there was none."""
+    """Return what the former instance of this WebSocket stored last; ``default`` where there was none.
+
+    Always the same in one call of the application: its own checkpoints are for the next one.
+    """
     instance = CURRENT_INSTANCE.get(None)
     return default if instance is None else instance.stored_state(default)
 
@@ -41,7 +44,8 @@ async def store_state(
     ``commit``: from now on what is sent leaves together with the next checkpoint, or not at all. ``latest`` is called
     when the worker stops, to return the state as it is then; without it the WebSocket moves when it stands still.
     False: nothing was stored, because the WebSocket is not open (yet) or hand-over is not offered. Raises
-    worker.events.InvalidEvent for a state that is too large, or of types that ASGI does not allow in events.
+    worker.events.InvalidEvent for a state that is larger than 64 KiB encoded, or of types that ASGI does not allow in
+    events, and an OSError when the client is gone, as send() does.
     """
     instance = CURRENT_INSTANCE.get(None)
     if instance is None or not instance.takes_checkpoints:
@@ -53,7 +57,7 @@ async def store_state(
 class _Checkpointing:
     """What both mixins ask of a consumer."""
 
-    handover_commit = False
+    handover_commit = False  # True: what is sent leaves with the next checkpoint only; docs/handover.md, "commit"
 
     def get_handover_state(self) -> Any:
         """Return what another instance needs to go on."""
@@ -78,6 +82,7 @@ class HandoverMixin(_Checkpointing):
     """
 
     async def store_state(self) -> bool:
+        """Store what get_handover_state() returns; returns and raises as the function of this name."""
         return await store_state(
             self.get_handover_state(), commit=self.handover_commit, latest=self.get_handover_state
         )
