@@ -6,6 +6,8 @@ others (liveness.py).
 
     start() --> renewing every period_s --stop()--> over (the key deleted, or left to expire)
 
+A process that was killed cannot say so, but whoever started it can: ``tell_death()``.
+
 To say more in a lease: a field of Lease; decode_lease() takes values with more fields than it knows.
 """
 
@@ -23,14 +25,18 @@ import msgpack
 from channel_layer.broker_url import parse_broker_urls
 from channel_layer.errors import BrokerError, WireError
 from channel_layer.lease_connection import LeaseConnection
+from channel_layer.names import Keys
 
-__all__ = ["Lease", "LeaseKeeper", "LeaseStatistics", "decode_lease", "encode_lease"]
+__all__ = ["Lease", "LeaseKeeper", "LeaseStatistics", "decode_lease", "encode_lease", "tell_death"]
 
 logger = logging.getLogger("trunkline.channel_layer")
 
 # One renewal, connecting included. Shorter than the lease lives without renewal, so that one try that hangs does
 # not cost the lease; the tries after it are at most a period apart.
 RENEWAL_TIMEOUT_S: Final = 1.0
+# How long a death stands in the broker: for those who are in a grace (liveness.py), and some looks. Who comes later
+# misses the lease, as everybody would without.
+DEATH_TOLD_S: Final = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +64,20 @@ def decode_lease(value: bytes) -> Lease:
         raise WireError(f"lease is not an array of role, version, load and room: {fields!r:.80}")
     role, version, load, room = fields[:4]
     return Lease(role=role, version=version, load=load, room=room)
+
+
+def tell_death(url: str, keys: Keys, process: str) -> None:
+    """Say that ``process`` is dead, so that nobody waits for its lease to end. Only when that is certain (waitpid).
+
+    Blocks for two seconds at most. Raises OSError, BrokerError, ValueError: then the lease ends by itself.
+    """
+    connection = LeaseConnection(parse_broker_urls(url), keys.lease(process), timeout_s=RENEWAL_TIMEOUT_S)
+    try:
+        # In this order: who misses a lease looks for the reason then.
+        connection.execute("SET", keys.death(process), b"", "PX", int(DEATH_TOLD_S * 1000))
+        connection.execute("DEL", keys.lease(process))
+    finally:
+        connection.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,12 @@
 Every process renews a lease in the broker. A missing lease is only a suspicion, since the broker may have lost it
 and a loop may be slow; a suspect is pinged through its inbox. It is dead when it stayed silent for ``SILENCE_S``
 while our own inbox worked, which only a message to ourselves can prove: a probe that left that long after the ping
-has come back, and still nothing was heard.
+has come back, and still nothing was heard. Where its supervisor has told its death (leases.py) there is no silence to
+wait for: any probe behind the ping will do, so that what it said last has been read before.
 
     trusted --lease missing--> suspected (pinged) --heard, or lease back--> trusted
                                    +--a probe sent SILENCE_S after the ping came back--> dead
+                                   +--its death was told, and a probe came back--------> dead
 
 Nobody is judged while the broker is away and for ``GRACE_S`` after it came back or lost its data: all leases are
 missing then, and everybody needs the time to renew. All times are given by the caller, in seconds of one
@@ -117,10 +119,18 @@ class Liveness:
         """The link to ``peer`` is over."""
         self._pinged_at.pop(peer, None)
 
-    def judge(self, now: float, leases: Iterable[tuple[str, bool]], *, inbox_is_current: bool = True) -> Judgement:
+    def judge(
+        self,
+        now: float,
+        leases: Iterable[tuple[str, bool]],
+        *,
+        told_dead: Collection[str] = (),
+        inbox_is_current: bool = True,
+    ) -> Judgement:
         """Look at the leases of all peers, read just now; True = present.
 
-        ``inbox_is_current`` is False while blobs are known to wait in our inbox unread: nobody is condemned then.
+        ``told_dead`` are those without one whose death was told. ``inbox_is_current`` is False while blobs are known
+        to wait in our inbox unread: nobody is condemned then.
         """
         if not self.is_judging(now):
             return Judgement([], None, [])
@@ -138,7 +148,7 @@ class Liveness:
                 # suspects it again.
                 del self._pinged_at[peer]
                 self._cleared_count += 1
-            elif inbox_is_current and self._proved_until >= pinged_at + SILENCE_S:
+            elif inbox_is_current and self._proved_until >= pinged_at + (0.0 if peer in told_dead else SILENCE_S):
                 del self._pinged_at[peer]
                 self._dead_count += 1
                 dead.append(peer)

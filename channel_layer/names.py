@@ -124,6 +124,10 @@ class Keys:
         """Present while the process is alive."""
         return f"{self.prefix}:lease:{{{process}}}"
 
+    def death(self, process: str) -> str:
+        """Present for a while after whoever had started the process saw that it is no more."""
+        return f"{self.prefix}:death:{{{process}}}"
+
     def group(self, group: str) -> str:
         """Sorted set of the processes that hold members of the group, by deadline in broker time."""
         return f"{self.prefix}:group:{{{group}}}"

@@ -5,6 +5,7 @@ them work: whoever lives on a shard that is away, or came back just now, is not 
 looks at its own peers only.
 
     look() --> one task a shard: are the leases there? --> ping, probe --> dead: the link is given up
+                                 +--one is missing: was its death told? then the next look follows the probe at once
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ _DEAD_REMEMBERED_S: Final = 75.0
 class _ShardWatch:
     """What is known of the peers on one shard."""
 
-    __slots__ = ("liveness", "looking", "refusal_count")
+    __slots__ = ("has_told_dead", "liveness", "looking", "refusal_count")
 
     def __init__(self, liveness: Liveness) -> None:
         self.liveness = liveness
         self.looking: asyncio.Task[None] | None = None  # one look at a time
         # What the broker had refused at the last look, while there are suspects.
         self.refusal_count: int | None = None
+        self.has_told_dead = False  # the death of a suspect was told; our own probe is all that is waited for
 
 
 class PeerWatch:
@@ -111,6 +113,8 @@ class PeerWatch:
     def probe_returned(self, token: int) -> None:
         for watch in self._shards.values():
             watch.liveness.probe_returned(token)
+        if self._inbox_is_current() and any(watch.has_told_dead for watch in self._shards.values()):
+            self._loop.call_soon(self.look)  # behind what came with the probe
 
     def forget(self, peer: str) -> None:
         """The link to ``peer`` is over."""
@@ -180,6 +184,7 @@ class PeerWatch:
 
     async def _judge(self, shard: BrokerShard, watch: _ShardWatch, peers: list[str], dead: list[str]) -> None:
         liveness = watch.liveness
+        watch.has_told_dead = False
         if not liveness.is_judging(self._loop.time()):
             return
         liveness.keep_only(peers)
@@ -196,21 +201,34 @@ class PeerWatch:
             liveness.give_grace(now)
             return
         present = dict(zip(looked_at, map(bool, answers), strict=True))
+        told_dead = await self._find_told_dead([peer for peer in peers if not present[peer]])
+        watch.has_told_dead = bool(told_dead)
         for peer in dead:
             died_at = self._dead.get(peer)
             if died_at is not None and (present[peer] or now - died_at > _DEAD_REMEMBERED_S):
                 del self._dead[peer]
         judgement = liveness.judge(
-            now, [(peer, present[peer]) for peer in peers], inbox_is_current=self._inbox_is_current()
+            now,
+            [(peer, present[peer]) for peer in peers],
+            told_dead=told_dead,
+            inbox_is_current=self._inbox_is_current(),
         )
         for peer in judgement.ping:
             self._links.ping(peer)
         for peer in judgement.dead:
-            logger.warning("process %s is dead: its lease is gone and it does not answer", peer)
+            why = "its supervisor says so" if peer in told_dead else "its lease is gone and it does not answer"
+            logger.warning("process %s is dead: %s", peer, why)
             self._dead[peer] = now
-            self._links.give_up(peer, "the process is dead: its lease is gone and it does not answer")
+            self._links.give_up(peer, f"the process is dead: {why}")
         if judgement.probe is not None:
             self._push_probe(judgement.probe)
+
+    async def _find_told_dead(self, missing: list[str]) -> set[str]:
+        """Those whose supervisors have told that they are no more."""
+        if not missing:
+            return set()
+        told = await asyncio.gather(*[self._broker.call("EXISTS", self._keys.death(peer)) for peer in missing])
+        return {peer for peer, is_told in zip(missing, told, strict=True) if is_told}
 
     async def _count_refusals(self, shard: BrokerShard) -> int:
         """What was refused where they live, and where their answers go."""

@@ -62,6 +62,9 @@ class ProvingLayer(Protocol):
     """What is asked of a RedisProcessLayer here."""
 
     @property
+    def process_id(self) -> str: ...
+
+    @property
     def broker_reachable(self) -> bool: ...
 
     @property
@@ -209,6 +212,7 @@ class ProcessLife:
         """Everything is up. ``load`` tells what runs, of how much there is room for; 0 is no limit."""
         self._layer, self._text, self._load = layer, text, load
         self.phase = LifePhase.SERVING
+        self._pipe.say(StatusWord.PROCESS, layer.process_id)
         self._pipe.say(StatusWord.READY, text)
         self._beat()
         if not self._pipe.is_supervised and self._hang_timeout_s and not _has_terminal():

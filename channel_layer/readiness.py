@@ -6,6 +6,7 @@ A process is ready while it is SERVING and a message to itself has come back thr
 last ``PROOF_AGE_S_MAX``: an open port proves nothing, and neither does a connection to a broker that failed over. Who
 sends those messages is process_life.py; who is told is an operator (admin.py), or the supervisor, by lines:
 
+    process ID      its id on the broker, said once: should it be killed, the supervisor can tell the others
     ready TEXT      said again and again; the first one says that the process has started, and TEXT where it serves
     waiting WHY     it has started, and cannot serve now
     draining        it stops
@@ -42,6 +43,7 @@ class LifePhase(Enum):
 
 
 class StatusWord(Enum):
+    PROCESS = "process"
     READY = "ready"
     WAITING = "waiting"
     DRAINING = "draining"

@@ -77,6 +77,7 @@ class Child:
         self.deaths_in_a_row = 0
         self.is_broker_away = False  # it ended because it could not reach the broker when it started
         self.heard_at = 0.0  # when it last said something
+        self.process_id = ""  # on the broker, as soon as it can have links; of the last one until the next one starts
         self._word: StatusWord | None = None  # what it said last
         self._text = ""
         self._pipe: int | None = None  # our end of it
@@ -116,6 +117,7 @@ class Child:
         read = write = None
         self.ready = loop.create_future()
         self.is_broker_away, self._word, self._text, self._line = False, None, "", b""
+        self.process_id = ""
         # Open still if the last one started a process that outlives it and holds the other end.
         self._close_pipe()
         if self.spec.role is not Role.BROKER:
@@ -211,8 +213,11 @@ class Child:
         if status is None:
             logger.debug("%s says %r", self.spec.title, line)
             return
-        self._word, self._text = status
         self.heard_at = asyncio.get_running_loop().time()
+        if status[0] is StatusWord.PROCESS:
+            self.process_id = status[1]
+            return
+        self._word, self._text = status
         if self._word is StatusWord.BROKER_AWAY:
             self.is_broker_away = True
         elif self._word is StatusWord.READY and self.ready is not None and not self.ready.done():

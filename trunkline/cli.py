@@ -21,6 +21,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -164,7 +165,9 @@ def _redis_url(options: argparse.Namespace) -> str:
 
 
 def _supervise(options: argparse.Namespace, version: str) -> int:
+    from channel_layer import leases
     from channel_layer.broker_url import redact_urls
+    from channel_layer.names import Keys
     from interface_server.listening import describe_all, open_listeners
 
     # What is wrong with the input is said here, once, before every process says it.
@@ -191,8 +194,9 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
             watch = SourceWatch(options.reload_dir or (options.app_dir or ".",))
         # An application's own subprocesses and scripts find the broker, too.
         environment = {"TRUNKLINE_REDIS": options.redis}
+        prefix = {}
         if options.prefix is not None:
-            environment["TRUNKLINE_PREFIX"] = options.prefix
+            environment["TRUNKLINE_PREFIX"] = prefix["prefix"] = options.prefix
 
         def announce() -> None:
             what = options.app if options.command != "interface" else "sockets"
@@ -213,6 +217,7 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
             on_ready=announce,
             on_stopping=listen_no_more,
             watch=watch,
+            tell_death=partial(leases.tell_death, options.redis, Keys(**prefix)),
             **_times(options),
         )
         return asyncio.run(supervisor.run())

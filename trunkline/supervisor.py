@@ -6,7 +6,8 @@
 The supervisor serves nothing itself: it binds the listening sockets, starts the embedded broker, interface servers
 and workers, and replaces what dies, each after a wait that doubles. SIGHUP replaces the workers, one after the other:
 the new one is ready before the old one is told to end, so there are never fewer. What hangs is ended, and then it is
-dead like any other. One process is child.py; what each process is, is a ``ProcessSpec``, made in cli.py.
+dead like any other. What died without a goodbye is told dead through the broker: the others need not wait for its
+lease to end. One process is child.py; what each process is, is a ``ProcessSpec``, made in cli.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from enum import Enum
 from typing import Any, Final
 
 from channel_layer.admin import AdminServer, Answer, alive, readiness
+from channel_layer.errors import BrokerError
 from channel_layer.readiness import BEAT_INTERVAL_S
 from trunkline.broker import EmbeddedBroker
 from trunkline.child import Child, Lifeline, ProcessSpec, Role
@@ -69,10 +71,14 @@ class Supervisor:
         watch: SourceWatch | None = None,
         stop_timeout_s: float = 60.0,
         hang_timeout_s: float = 60.0,
+        tell_death: Callable[[str], None] | None = None,
         admin_host: str = "127.0.0.1",
         admin_port: int = 0,
     ) -> None:
-        """``stop_timeout_s``: longest drain and lifespan shutdown; ``hang_timeout_s`` and ``admin_port`` 0: none."""
+        """``stop_timeout_s``: longest drain and lifespan shutdown; ``hang_timeout_s`` and ``admin_port`` 0: none.
+
+        ``tell_death(process_id)`` tells the processes of others; it is called on a thread, and may fail.
+        """
         self.phase = Phase.STARTING
         self.children = [Child(spec) for spec in specs]
         self.broker = broker
@@ -88,6 +94,7 @@ class Supervisor:
         self._watch = watch
         self._stop_timeout_s = stop_timeout_s + STOP_MARGIN_S
         self._hang_timeout_s = hang_timeout_s
+        self._tell_death = tell_death
         self._admin: AdminServer | None = None
         if admin_port:
             self._admin = AdminServer(admin_host, admin_port, {"/healthz": alive, "/readyz": self._readiness})
@@ -274,6 +281,7 @@ class Supervisor:
             was_ready = child.is_ready
             if self._stop_requested.is_set():
                 return
+            self._run_in_background(self._tell(child, status), f"tell the death of {child.spec.title}")
             # One that could not reach a broker that answered a moment ago is tried again, as one that runs would try.
             is_final = not was_ready and not child.is_broker_away and child.spec.role is not Role.BROKER
             if is_final and self.phase is Phase.STARTING:
@@ -286,6 +294,20 @@ class Supervisor:
             if loop.time() - child.started_at > STEADY_AFTER_S:
                 child.deaths_in_a_row = 0
             await self._start_another(child, _how_it_ended(status))
+
+    async def _tell(self, child: Child, status: int) -> None:
+        """Tell the others that a process is no more, unless it has said goodbye itself."""
+        process_id = child.process_id
+        if self._tell_death is None or not process_id or status == 0:
+            return
+        if self.phase is Phase.STOPPING and self.broker is not None:
+            return  # the others stop, too
+        try:
+            await asyncio.to_thread(self._tell_death, process_id)
+        except (OSError, BrokerError, ValueError) as error:
+            logger.warning(
+                "%s (%s): its death could not be told, its lease will: %s", child.spec.title, process_id, error
+            )
 
     async def _start_another(self, child: Child, what_happened: str) -> None:
         """Wait, and start a process, until that succeeds."""
@@ -369,7 +391,7 @@ class Supervisor:
                 surplus = old
             else:  # a change of the source was faster
                 surplus = new
-        await surplus.end(signal.SIGTERM, self._stop_timeout_s)
+        await self._end(surplus, signal.SIGTERM, self._stop_timeout_s)
         self._passing.discard(surplus)
         return True
 
@@ -419,10 +441,15 @@ class Supervisor:
 
     async def _hurry(self, old: Child) -> None:
         """As after Ctrl-C: it takes nothing more at once, and hands over what it can."""
-        await old.end(signal.SIGINT, STOP_MARGIN_S)
+        await self._end(old, signal.SIGINT, STOP_MARGIN_S)
         self._passing.discard(old)
 
     # Stopping
+
+    async def _end(self, child: Child, number: signal.Signals, timeout_s: float) -> None:
+        await child.end(number, timeout_s)
+        if child.process is not None and child.process.returncode is not None:
+            await self._tell(child, child.process.returncode)
 
     async def _stop(self) -> None:
         """Interface servers first, so that clients hear of it; then the workers; the broker carries both."""
@@ -433,7 +460,8 @@ class Supervisor:
         await asyncio.gather(*tasks, return_exceptions=True)
         for role in (Role.INTERFACE, Role.WORKER):
             children = [child for child in (*self.children, *self._passing) if child.spec.role is role]
-            await asyncio.gather(*(child.end(self._stop_signal, self._stop_timeout_s) for child in children))
+            # Others serve on without us: a worker's sockets are those of interface servers that stay.
+            await asyncio.gather(*(self._end(child, self._stop_signal, self._stop_timeout_s) for child in children))
         if self._broker_child is not None:
             await self._broker_child.end(signal.SIGTERM, BROKER_STOP_TIMEOUT_S)
 

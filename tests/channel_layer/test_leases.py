@@ -10,8 +10,9 @@ from collections.abc import Callable
 import msgpack
 import pytest
 
-from channel_layer.errors import WireError
-from channel_layer.leases import Lease, LeaseKeeper, decode_lease, encode_lease
+from channel_layer.errors import BrokerError, WireError
+from channel_layer.leases import DEATH_TOLD_S, Lease, LeaseKeeper, decode_lease, encode_lease, tell_death
+from channel_layer.names import Keys
 from tests.servers import BrokerServer
 
 
@@ -188,3 +189,27 @@ def test_lease_values() -> None:
 def test_malformed_lease_values(value: bytes) -> None:
     with pytest.raises(WireError):
         decode_lease(value)
+
+
+def test_a_death_is_told_for_a_while_in_place_of_the_lease(any_broker_server: BrokerServer) -> None:
+    keys = Keys("test")
+    with any_broker_server.client() as client:
+        client.set(keys.lease("w1"), b"value", px=600_000)
+        client.set(keys.lease("w2"), b"value", px=600_000)
+        tell_death(any_broker_server.url, keys, "w1")
+        assert sorted(client.keys()) == [keys.death("w1").encode(), keys.lease("w2").encode()]
+        assert 0 < client.pttl(keys.death("w1")) <= DEATH_TOLD_S * 1000
+        assert len(client.client_list()) == 1  # its connection is closed
+
+
+def test_a_death_that_cannot_be_told_raises_and_leaves_the_lease(broker_server: BrokerServer) -> None:
+    keys = Keys("test")
+    with broker_server.client() as client:
+        client.set(keys.lease("w1"), b"value", px=600_000)
+        client.config_set("maxmemory", 1)
+        with pytest.raises(BrokerError, match="OOM"):
+            tell_death(broker_server.url, keys, "w1")
+        assert client.exists(keys.lease("w1"))
+    broker_server.kill()
+    with pytest.raises(OSError):  # noqa: PT011 - refused, or no such file
+        tell_death(broker_server.url, keys, "w1")

@@ -178,3 +178,34 @@ def test_repr(world: World) -> None:
     assert repr(world.liveness) == "<Liveness suspects=['w']>"
     world.liveness.broker_lost()
     assert repr(world.liveness) == "<Liveness suspects=[] broker away>"
+
+
+def test_a_death_that_was_told_waits_for_no_silence_only_for_what_was_said_before(world: World) -> None:
+    def look(**options: bool) -> Judgement:
+        return world.liveness.judge(world.now, [("w", False)], told_dead={"w"}, **options)
+
+    judgement = look()
+    assert judgement == Judgement(["w"], 1, [])
+    world.now += 0.01
+    assert look().dead == []  # the probe has not come back: what it said last may wait in our inbox
+    world.liveness.probe_returned(1)
+    assert look(inbox_is_current=False).dead == []
+    assert look() == Judgement([], None, ["w"])
+
+
+def test_a_death_that_was_told_of_a_process_that_speaks_is_not_believed(world: World) -> None:
+    judgement = world.liveness.judge(world.now, [("w", False)], told_dead={"w"})
+    assert judgement.probe is not None
+    world.heard_at["w"] = world.now + 0.005
+    world.liveness.probe_returned(judgement.probe)
+    world.now += 0.01
+    assert world.liveness.judge(world.now, [("w", False)], told_dead={"w"}) == NOTHING
+    assert world.liveness.statistics().cleared_count == 1
+
+
+def test_no_death_is_believed_while_the_broker_is_away_and_in_the_grace_after_it(world: World) -> None:
+    world.liveness.broker_lost()
+    assert world.liveness.judge(world.now, [("w", False)], told_dead={"w"}) == NOTHING
+    world.liveness.broker_restored(world.now)
+    world.now += GRACE_S - 0.1
+    assert world.liveness.judge(world.now, [("w", False)], told_dead={"w"}) == NOTHING

@@ -15,6 +15,7 @@ from redis.exceptions import OutOfMemoryError
 from channel_layer.codec import encode_message
 from channel_layer.errors import BrokerUnavailable, ChannelFull, InvalidName
 from channel_layer.frames import build_credit, build_event
+from channel_layer.leases import tell_death
 from channel_layer.process_layer import RedisProcessLayer
 from tests.channel_layer.processes import PATIENCE_S, RecordingListener, started, until, vanish
 from tests.servers import BrokerServer
@@ -427,6 +428,25 @@ async def test_a_vanished_peer_is_dead_within_5_s(broker_server: BrokerServer) -
         assert interface.statistics().group_sender.congested_count == 1
         assert interface.statistics().liveness.dead_count == 1
         assert other.process_id in interface._links().peers()
+
+
+async def test_a_death_that_is_told_is_noticed_without_any_wait_for_silence(
+    broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("channel_layer.liveness.SILENCE_S", 3600.0)
+    url = broker_server.url
+    async with started(url, "interface") as (interface, heard):
+        worker, worker_heard = RedisProcessLayer(url, role="worker"), RecordingListener()
+        await worker.start(worker_heard)
+        interface.link_send(worker.process_id, build_credit(1, 1, 0))
+        await worker_heard.until(lambda: len(worker_heard.frames) == 1)
+        worker.link_send(interface.process_id, build_credit(1, 1, 0))
+        await heard.until(lambda: len(heard.frames) == 1)
+        await vanish(worker)
+        await asyncio.to_thread(tell_death, url, worker.keys, worker.process_id)
+        await heard.until(lambda: len(heard.ended) == 1)
+        assert heard.ended == [(worker.process_id, "the process is dead: its supervisor says so")]
+        assert interface.statistics().liveness.dead_count == 1
 
 
 async def test_requests_to_a_peer_that_dies_are_no_ops(broker_server: BrokerServer) -> None:

@@ -45,6 +45,8 @@ def pipe() -> Iterator[Pipe]:
 
 
 class FakeLayer:
+    process_id = "w1"
+
     def __init__(self) -> None:
         self.broker_reachable = True
         self.proved_at: float | None = None
@@ -91,7 +93,7 @@ async def test_a_life(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     life = ProcessLife("worker", pipe=pipe.status)
     assert life.explain_unready() == "starting"
     life.serving(layer, "http://here", load=lambda: (3, 7))
-    assert pipe.lines()[0] == "ready http://here"
+    assert pipe.lines()[:2] == ["process w1", "ready http://here"]
     assert layer.load == (3, 7)
     await beats(life, 3)
     assert life.explain_unready() is None

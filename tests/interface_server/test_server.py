@@ -327,6 +327,7 @@ def test_ready_is_told_and_a_signal_ends_it_cleanly(broker, tmp_path):
     )
     os.close(write_end)
     with os.fdopen(read_end) as pipe:
+        assert pipe.readline().startswith("process i")
         assert pipe.readline() == f"ready unix:{uds}\n"
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds))) as client:
         assert client.get("http://localhost/").status_code == 503, "there is no worker"

@@ -4,6 +4,8 @@ import os
 import signal
 import urllib.request
 
+from websockets.sync.client import connect
+
 from tests.servers import BrokerServer
 from tests.system.processes import Command, Served, children_of, is_alive, wait_until
 
@@ -116,3 +118,19 @@ def test_no_password_of_the_broker_is_in_logs_and_command_lines(valkey_program):
                 children = children_of(command.process.pid)
             assert len(children) == 2
             assert "hidden" not in command.output + "".join(line for _, line in children)
+
+
+def test_deaths_are_told_by_the_supervisor():
+    """How soon is a matter of the machine; that nobody waited for a lease to end stands in the log."""
+    with Served("examples.counter:application", "--workers", "2") as served:
+        with connect(served.ws_url) as client:
+            client.send("")
+            count, pid = client.recv(timeout=20).split()
+            assert count == "1"
+            os.kill(int(pid), signal.SIGKILL)
+            served.wait_for(r"process w\w+ is dead: its supervisor says so")
+            client.send("")
+            assert client.recv(timeout=20).split()[0] == "2"
+            os.kill(served.pids("interface server")[0], signal.SIGKILL)
+            served.wait_for(r"process i\w+ is dead: its supervisor says so")
+        assert "it does not answer" not in served.output

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from channel_layer.errors import BrokerUnavailable
 from tests.system.processes import children_of
 from trunkline import supervisor as module
 from trunkline.broker import EmbeddedBroker
@@ -124,6 +125,48 @@ async def test_a_process_that_cannot_be_started_for_now_is_tried_again_and_the_o
         assert not task.done()
         assert interface.alive
         assert interface.process.pid == pids[0]
+
+
+def names_itself(process_id: str, then: str) -> str:
+    said = f"process {process_id}\\nready\\n"
+    return f"import os, sys, time; os.write(int(os.environ['TRUNKLINE_STATUS_FD']), b'{said}'); {then}"
+
+
+async def test_a_death_without_a_goodbye_is_told_and_another_end_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 0.05)
+    told: list[str] = []
+    specs = [script(names_itself("w1", "time.sleep(60)")), script(names_itself("w2", "sys.exit(0)"), number=2)]
+    supervisor = Supervisor(specs, tell_death=told.append)
+    first, second = supervisor.children
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        assert first.process is not None
+        os.kill(first.process.pid, signal.SIGKILL)
+        await until(lambda: told == ["w1"])
+        deaths = second.deaths_in_a_row
+        await until(lambda: second.deaths_in_a_row > deaths)
+        assert told == ["w1"]
+        await until(lambda: first.is_ready)
+    assert told == ["w1", "w1"]  # such a script ends by the signal itself, and that is a death, too
+
+
+async def test_a_death_that_cannot_be_told_is_logged_and_replaced_as_any(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 0.05)
+
+    def fail(process_id: str) -> None:
+        raise BrokerUnavailable("the broker is away")
+
+    supervisor = Supervisor([script(names_itself("w1", "time.sleep(60)"))], tell_death=fail)
+    (worker,) = supervisor.children
+    async with running(supervisor):
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        assert worker.process is not None
+        pid = worker.process.pid
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: "its death could not be told, its lease will: the broker is away" in caplog.text)
+        await until(lambda: worker.alive and worker.is_ready and worker.process.pid != pid)
 
 
 class Watch(SourceWatch):

@@ -104,10 +104,16 @@ class Worker:
         os.close(write)
 
     def wait_ready(self) -> bytes:
-        """What came through the pipe: b"" if the process ended without."""
-        readable, _, _ = select.select([self.ready], [], [], TIMEOUT_S)
-        assert readable, "neither ready nor ended"
-        return os.read(self.ready, 100)
+        """What came through the pipe behind its name: b"" if the process ended without."""
+        said = b""
+        while b"ready" not in said:
+            readable, _, _ = select.select([self.ready], [], [], TIMEOUT_S)
+            assert readable, "neither ready nor ended"
+            data = os.read(self.ready, 100)
+            if not data:
+                break
+            said += data
+        return said.partition(b"\n")[2] if said.startswith(b"process w") else said
 
     def wait_line(self, line: str) -> None:
         assert self.process.stdout is not None
