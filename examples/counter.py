@@ -7,8 +7,9 @@ window does not notice: its WebSocket belongs to the interface server (docs/hand
     trunkline serve examples.counter:application --workers 2
 
 Open http://127.0.0.1:8000/, click, and kill the worker whose number the page shows with ``kill -9``; the next count
-takes up to 5 s. (A window that loses two workers within a minute is closed: it might be what kills them.) No imports
-of Trunkline are needed; under another server the extension is not there, and the counter dies with its process.
+takes up to half a second. (A window that loses two workers within a minute is closed: it might be what kills them.)
+No imports of Trunkline are needed; under another server the extension is not there, and the counter dies with its
+process.
 """
 
 import os

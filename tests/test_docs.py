@@ -4,6 +4,7 @@ Nobody notices when a document goes stale, so these tests do. They know how the 
 names of the source stand in backquotes, code in fenced blocks.
 """
 
+import json
 import re
 import shlex
 from dataclasses import MISSING, fields
@@ -140,6 +141,13 @@ def test_every_python_block_compiles(document):
     for language, code, line in fenced(document.read_text("utf-8")):
         if language == "python":
             compile("\n" * line + code, str(document), "exec")
+
+
+@PARAMETERS
+def test_every_json_block_is_json(document):
+    for language, code, _ in fenced(document.read_text("utf-8")):
+        if language == "json":
+            json.loads(code)
 
 
 @PARAMETERS

@@ -4,6 +4,7 @@ A program is a fenced block whose first line is a comment with its file's name (
 documents say is looked after by tests/test_docs.py.
 """
 
+import os
 import re
 import signal
 import socket
@@ -43,7 +44,8 @@ def run_script(code, redis_url):
 
 
 def test_the_quick_start_of_the_readme(tmp_path):
-    (tmp_path / "main.py").write_text(program("README.md", "main.py"))
+    code = program("README.md", "main.py") + script("README.md", "store_state")
+    (tmp_path / "main.py").write_text(code)
     with Served("main:app", "--workers", "2", cwd=tmp_path) as served, connect(served.ws_url + "/room") as ada:
         ada.send("I am here")  # joined, and heard by herself
         assert ada.recv(timeout=30) == "I am here"
@@ -51,6 +53,14 @@ def test_the_quick_start_of_the_readme(tmp_path):
         assert ada.recv(timeout=30) == "hello"
         run_script(script("README.md", "Publisher"), served.redis_url)
         assert ada.recv(timeout=30) == "The build is green"
+        with connect(served.ws_url + "/count") as counter:
+            for number in ("1", "2"):
+                counter.send("one more")
+                assert counter.recv(timeout=30) == number
+            for pid in served.pids("worker"):
+                os.kill(pid, signal.SIGKILL)
+            counter.send("one more")
+            assert counter.recv(timeout=60) == "3"
 
 
 def test_rooms_and_streams(tmp_path):
