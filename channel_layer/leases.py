@@ -103,8 +103,12 @@ class LeaseKeeper:
         period_s: float = 0.5,
         ttl_s: float = 2.5,
         on_outage: Callable[[Exception], None] | None = None,
+        each_period: Callable[[], None] | None = None,
     ) -> None:
         """``on_outage`` is called on the thread, once per outage; without it the outage is logged.
+
+        ``each_period`` is called there behind each renewal, for what else must go on while the loop is blocked. It
+        may raise BrokerError and OSError.
 
         Raises ValueError for a bad URL.
         """
@@ -115,6 +119,7 @@ class LeaseKeeper:
         self._period_s = period_s
         self._ttl_ms = int(ttl_s * 1000)
         self._on_outage = on_outage if on_outage is not None else self._log_outage
+        self._each_period = each_period
         self._thread: threading.Thread | None = None
         self._is_stopping = threading.Event()
         self._drop = False
@@ -187,6 +192,7 @@ class LeaseKeeper:
                 is_outage = False
                 self.last_renewed = started
                 self._renewal_count += 1
+                self._do_the_rest()
             # From schedule to schedule, so that the time a renewal takes does not add up; but a process that was
             # stopped for a minute renews once, not a hundred times.
             next_renewal = max(next_renewal + self._period_s, time.monotonic() - self._period_s)
@@ -201,6 +207,15 @@ class LeaseKeeper:
             logger.warning("lease %s could not be dropped, it expires: %s", self._key, error)
         finally:
             self._connection.close()
+
+    def _do_the_rest(self) -> None:
+        if self._each_period is not None:
+            try:
+                self._each_period()
+            except (BrokerError, OSError) as error:
+                logger.debug("lease %s: %s", self._key, error)
+            except Exception:
+                logger.exception("lease %s: what goes with it failed", self._key)
 
     def _log_outage(self, error: Exception) -> None:
         logger.warning("lease %s cannot be renewed at %s: %s", self._key, self._connection, error)

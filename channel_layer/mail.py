@@ -11,6 +11,7 @@ A letter stands behind the element's deadline (messages.split_element) and is a 
     GROUP_ANSWER   request, done                 the answer to GROUP_ADD, GROUP_DISCARD and FLUSH
     PROBE          token                         from the process to itself: does its own inbox work?
     FLUSH          request, answer_to            forget what waits for you and your memberships, and answer
+    HELD           number, epoch, …              openings of yours that a worker has taken, and cannot claim yet
 
 ``payload`` is an encoded message (codec.py); ``answer_to`` is the process id that awaits the answer. A version
 that the reader does not know is a WireError; a kind that it does not know is returned as it is and the reader
@@ -37,6 +38,7 @@ __all__ = [
     "build_group_answer",
     "build_group_discard",
     "build_group_send",
+    "build_held",
     "build_message",
     "build_probe",
     "decode_letter",
@@ -57,6 +59,7 @@ class LetterKind(IntEnum):
     GROUP_ANSWER = 5
     PROBE = 6
     FLUSH = 7
+    HELD = 8
 
 
 class Letter(NamedTuple):
@@ -75,6 +78,7 @@ _FIELDS: Final[dict[int, tuple[type, ...]]] = {
     LetterKind.GROUP_ANSWER: (int, bool),
     LetterKind.PROBE: (int,),
     LetterKind.FLUSH: (int, str),
+    LetterKind.HELD: (int, int),
 }
 
 
@@ -104,6 +108,11 @@ def build_probe(token: int) -> bytes:
 
 def build_flush(*, request: int, answer_to: str) -> bytes:
     return _pack([LETTER_VERSION, int(LetterKind.FLUSH), request, answer_to])
+
+
+def build_held(openings: list[int]) -> bytes:
+    """``openings``: number and epoch of each, in turn."""
+    return _pack([LETTER_VERSION, int(LetterKind.HELD), *openings])
 
 
 def decode_letter(data: bytes) -> Letter:

@@ -28,6 +28,7 @@ from channel_layer import mail, scripts
 from channel_layer.base import LocalDelivery, Message, ProcessListener, Stored
 from channel_layer.broker import Broker, BrokerChange, BrokerShard, BrokerStatistics
 from channel_layer.broker_connection import BrokerNotServing
+from channel_layer.broker_url import parse_broker_urls
 from channel_layer.capacity import Capacities
 from channel_layer.channels_compat import ChannelsBackend
 from channel_layer.codec import decode_event, encode_message
@@ -39,6 +40,7 @@ from channel_layer.group_requests import GroupRequests
 from channel_layer.group_sender import OUTAGE_WAIT_S, GroupSender, GroupSenderStatistics
 from channel_layer.groups import RENEWAL_INTERVAL_S, Groups, GroupsStatistics
 from channel_layer.inbox import InboxReader, InboxStatistics, ListWriter, WriterStatistics
+from channel_layer.lease_connection import LeaseConnection
 from channel_layer.leases import Lease, LeaseKeeper, encode_lease
 from channel_layer.link import AWAY
 from channel_layer.links import Links, LinksStatistics
@@ -90,6 +92,8 @@ _LEAVE_TIMEOUT_S: Final = 2.0
 _GROUP_FRAMES: Final = frozenset(
     map(int, (FrameKind.GROUP_SEND, FrameKind.GROUP_ADD, FrameKind.GROUP_DISCARD, FrameKind.GROUP_ANSWER))
 )
+# To tell one interface server that openings are held; a renewal of the lease waits for it.
+_TELL_TIMEOUT_S: Final = 0.25
 _UNDECRYPTABLE_LOG_INTERVAL_S: Final = 1.0
 # In front of the name of a channel that is read for its openings; no name begins with it.
 _OPENINGS_MARK: Final = "@"
@@ -207,6 +211,12 @@ class RedisProcessLayer(ChannelsBackend):
         # What the listener's side knows, set by the interface server: whether a channel of this process lives, under
         # this epoch (0: any). For one that does not, group_add is a no-op and leaves nothing behind.
         self.owns_channel: Callable[[str, int], bool] = lambda channel, epoch: True
+        # What the listener's side knows, set by the worker: (interface server, number, epoch) of openings that it
+        # took and cannot claim, for the first turn of an application blocks its loop. Asked on the lease's thread.
+        self.stalled_openings: Callable[[], Collection[tuple[str, int, int]]] = tuple
+        # What the listener's side does, set by the interface server: wait longer for the claims of these openings,
+        # number and epoch of each in turn.
+        self.openings_held: Callable[[Sequence[int]], None] = lambda openings: None
         self._broker = Broker(url, client_name=f"trunkline:{self.process_id}", generation_key=self.keys.generation)
         self._inbox_key = self.keys.mail(self.process_id)  # where that is, there is all of the inbox
         self._parts: _Parts | None = None  # present from start() to stop()
@@ -418,7 +428,10 @@ class RedisProcessLayer(ChannelsBackend):
         )
         parts.inbox.start()
         parts.lease = LeaseKeeper(
-            self.url, self.keys.lease(self.process_id), encode_lease(Lease(role=self.role, version=self._version))
+            self.url,
+            self.keys.lease(self.process_id),
+            encode_lease(Lease(role=self.role, version=self._version)),
+            each_period=self._tell_stalled,
         )
         parts.lease.start()
 
@@ -727,6 +740,19 @@ class RedisProcessLayer(ChannelsBackend):
             if openings:
                 return openings
 
+    def _tell_stalled(self) -> None:
+        """On the lease's thread: tell interface servers that what they miss is here. Raises OSError, BrokerError."""
+        held: dict[str, list[int]] = {}
+        for interface, number, epoch in self.stalled_openings():
+            held.setdefault(interface, []).extend((number, epoch))
+        for interface, openings in held.items():
+            key, letter = self.keys.mail(interface), self.cipher.seal(mail.build_held(openings))
+            connection = LeaseConnection(parse_broker_urls(self.url), key, timeout_s=_TELL_TIMEOUT_S)
+            try:
+                connection.execute("EVAL", scripts.PUSH.source, 1, key, -1, self._expiry_ms, letter)
+            finally:
+                connection.close()
+
     async def find_openings(self, channel: str, elements: Sequence[bytes]) -> list[bool]:
         """See base.ProcessLayer."""
         key = self.keys.openings(channel, self._wire_version)
@@ -881,6 +907,11 @@ class RedisProcessLayer(ChannelsBackend):
         elif kind == LetterKind.FLUSH:
             self._forget_all(parts)
             self._answer_letter(fields[1], fields[0], True)
+        elif kind == LetterKind.HELD:
+            if len(fields) % 2 or any(type(number) is not int for number in fields):
+                self._malformed_count += 1
+                raise WireError(f"letter HELD is not numbers and epochs: {fields!r:.80}")
+            self.openings_held(fields)
         elif kind == LetterKind.PROBE:
             if fields[0] < 0:
                 self.proved_at = max(-fields[0] / 1000, self.proved_at or 0.0)

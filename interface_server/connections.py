@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Final, Protocol
@@ -720,6 +720,13 @@ class Connections:
         for number, decision in self._watch.timed_out(now):
             self._carry_out(number, decision)
         self._arm_watch_timer()
+
+    def openings_held(self, openings: Sequence[int]) -> None:
+        """A worker has taken these, number and epoch in turn, and its application keeps it from claiming them."""
+        for number, epoch in zip(openings[::2], openings[1::2], strict=True):
+            connection = self._connections.get(number)
+            if connection is not None and connection.epoch == epoch and connection.is_unclaimed:
+                self._watch.held(number, self._clock())
 
     def _looked(self, look: Look, call: asyncio.Future[Any]) -> None:
         found = None if _failed(call, "looking for openings") else call.result()

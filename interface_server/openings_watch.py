@@ -5,6 +5,7 @@ A taken opening leaves no trace in the broker, so one that nobody has claimed fo
 this class the answers.
 
     stored --2 s--> OVERDUE --found--> OVERDUE (looked for again, once a second)
+                       +--held: a worker has it, and is too busy to claim it--> looked for again 3 s later
                        +--missing--> MISSED --found--> OVERDUE
                                        +--missing again--> lost: sent again (three times), then OPENING_LOST
     queue timeout --> REMOVING --removed--> QUEUE_TIMEOUT
@@ -28,6 +29,8 @@ __all__ = ["Decision", "Look", "OpeningsWatch", "OpeningsWatchStatistics"]
 # A worker that took an opening claims it within milliseconds, a busy one within the loop turn.
 OVERDUE_S: Final = 2.0
 LOOK_PERIOD_S: Final = 1.0
+# A worker whose loop is blocked by its application says twice a second which openings it has not claimed.
+HELD_S: Final = 3.0
 LOST_SENDS_MAX: Final = 3  # beyond: the connection is refused with OPENING_LOST
 
 # LPOS walks the list, so looking for everything in a full channel (4096 openings) would cost the broker 8 million
@@ -131,6 +134,17 @@ class OpeningsWatch:
             entry.look_at = time + OVERDUE_S
             entry.phase = _Phase.WAITING
         self._entries[number] = entry
+
+    def held(self, number: int, now: float) -> None:
+        """A worker says that it has taken this opening and will claim it when it can."""
+        entry = self._entries.get(number)
+        if entry is None or entry.phase is _Phase.REMOVING or entry.look_at == float("inf"):
+            return
+        entry.phase = _Phase.WAITING
+        entry.look_at = self._time(now) + HELD_S
+        entry.until = max(entry.until, entry.look_at)
+        # Its application has begun, perhaps: should it be lost now, it may begin once more, as behind a claim.
+        entry.sent_again_count = max(entry.sent_again_count, LOST_SENDS_MAX - 1)
 
     def discard(self, number: int) -> bytes | None:
         """Forget an opening: claimed, or the client is gone. Returns its element."""

@@ -195,6 +195,7 @@ class InterfaceServer:
         self._end_watch = EndWatch(reactor)
         self.connections = Connections(layer, settings, loop=loop)
         layer.owns_channel = self.connections.owns_channel
+        layer.openings_held = self.connections.openings_held
         headers = ServerHeaders(
             date=settings.date_header, server=settings.server_header, extra=settings.extra_headers, clock=wall_clock
         )

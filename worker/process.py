@@ -21,7 +21,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -132,6 +132,11 @@ class WorkerProcess:
         # Connections that were over before their claim was answered, as most small GETs are, by interface server:
         # the answer is swallowed, not replied to. As many as there are claims on the way.
         self._early_ends: dict[str, set[tuple[int, int]]] = {}
+
+        # What was taken last, while the applications of its safe requests have their first turn; and what another
+        # thread saw here when it looked last (stalled_openings).
+        self._beginning: Sequence[Instance] = ()
+        self._seen_before: Sequence[Instance] = ()
 
         self._takers: list[asyncio.Task[None]] = []
         self._background: list[BackgroundChannel] = []  # one for each channel that is not of connections
@@ -397,7 +402,24 @@ class WorkerProcess:
                 instance.claim()
         if started:
             # Behind their first turn: then the answer of an application that does not wait is the claim.
-            self._loop.call_soon(_claim_all, started)
+            self._beginning = opened
+            self._loop.call_soon(self._first_turns_over, started)
+
+    def _first_turns_over(self, instances: list[Instance]) -> None:
+        self._beginning = ()
+        for instance in instances:
+            instance.claim()
+
+    def stalled_openings(self) -> list[tuple[str, int, int]]:
+        """Openings taken before the last call, whose claims have not left: the loop stands in a first turn since.
+
+        Called on another thread, again and again, while the loop runs or does not.
+        """
+        beginning = self._beginning
+        if not beginning or beginning is not self._seen_before:
+            self._seen_before = beginning
+            return []
+        return [(instance.peer, instance.connection, instance.epoch) for instance in beginning]
 
     def _taker_done(self, taker: asyncio.Task[None]) -> None:
         error = taker.exception() if not taker.cancelled() else None
@@ -580,11 +602,6 @@ _ANSWERED: Final = frozenset(
 )
 
 
-def _claim_all(instances: list[Instance]) -> None:
-    for instance in instances:
-        instance.claim()
-
-
 # The life of the process
 
 
@@ -634,6 +651,7 @@ async def _serve(settings: WorkerSettings, pipe: StatusPipe) -> int:
     lifespan = Lifespan(application, mode=settings.lifespan)
     process = WorkerProcess(settings, application=application, layer=layer, state=lifespan.state)
     layer.epoch_of = process.epoch_of
+    layer.stalled_openings = process.stalled_openings
     # From here on signals are ours; until here they end the process as they end any Python.
     life = ProcessLife(
         "worker",

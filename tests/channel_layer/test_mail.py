@@ -29,6 +29,7 @@ LETTERS: list[tuple[bytes, LetterKind, list[Any]]] = [
     (mail.build_group_answer(0, False), LetterKind.GROUP_ANSWER, [0, False]),
     (mail.build_probe(12345), LetterKind.PROBE, [12345]),
     (mail.build_flush(request=7, answer_to="c1"), LetterKind.FLUSH, [7, "c1"]),
+    (mail.build_held([7, 1]), LetterKind.HELD, [7, 1]),
 ]
 
 

@@ -7,12 +7,14 @@ import contextlib
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from redis.exceptions import OutOfMemoryError
 
 from channel_layer.codec import encode_message
+from channel_layer.encryption import Cipher
 from channel_layer.errors import BrokerUnavailable, ChannelFull, InvalidName
 from channel_layer.frames import build_credit, build_event
 from channel_layer.leases import tell_death
@@ -447,6 +449,30 @@ async def test_a_death_that_is_told_is_noticed_without_any_wait_for_silence(
         await heard.until(lambda: len(heard.ended) == 1)
         assert heard.ended == [(worker.process_id, "the process is dead: its supervisor says so")]
         assert interface.statistics().liveness.dead_count == 1
+
+
+@pytest.mark.parametrize("keys", [[], ["a secret"]], ids=["plain", "encrypted"])
+async def test_openings_that_a_blocked_loop_cannot_claim_are_told(
+    any_broker_server: BrokerServer, keys: list[str]
+) -> None:
+    url, cipher = any_broker_server.url, Cipher(keys)
+    async with started(url, "interface", cipher=cipher) as (interface, _), started(url, cipher=cipher) as (worker, _):
+        held: list[list[int]] = []
+        told = asyncio.Event()
+
+        def hold(openings: Sequence[int]) -> None:
+            held.append(list(openings))
+            told.set()
+
+        interface.openings_held = hold
+        stalled = [(interface.process_id, 3, 1), ("igone", 4, 1), (interface.process_id, 5, 2)]
+        worker.stalled_openings = lambda: stalled
+        async with asyncio.timeout(PATIENCE_S):
+            await told.wait()
+        worker.stalled_openings = tuple
+        assert held[0] == [3, 1, 5, 2]
+        with any_broker_server.client() as redis:
+            assert 0 < redis.pttl(worker.keys.mail("igone")) <= 60_000
 
 
 async def test_requests_to_a_peer_that_dies_are_no_ops(broker_server: BrokerServer) -> None:

@@ -172,3 +172,31 @@ def test_statistics_and_repr(watch):
     statistics = watch.statistics(8.0)
     assert (statistics.waiting, statistics.oldest_s) == (1, 3.0)
     assert "waiting=1" in repr(watch)
+
+
+def test_an_opening_that_a_busy_worker_holds_is_neither_lost_nor_too_late(watch):
+    watch.stored(1, HTTP, b"a", 0.0)
+    assert look_at(watch, 2.0, False) == []
+    now = 2.5
+    while now < 40.0:
+        watch.held(1, now)
+        now += 0.5
+        assert look_at(watch, now, False) == []
+        assert watch.timed_out(now) == []
+    # It says no more: its worker has died, perhaps. As behind a claim, its application may begin once more.
+    assert look_at(watch, now + 3.0, False) == []
+    assert look_at(watch, now + 4.0, False) == [(1, Decision.SEND_AGAIN)]
+    watch.stored(1, HTTP, b"b", now + 4.0)
+    watch.held(1, now + 5.0)
+    assert look_at(watch, now + 8.0, False) == []
+    assert look_at(watch, now + 9.0, False) == [(1, Decision.GIVE_UP_LOST)]
+
+
+def test_what_is_held_is_not_found_where_nobody_waits_for_it(watch):
+    watch.held(1, 0.0)
+    assert 1 not in watch
+    watch.stored(1, HTTP, b"a", 0.0)
+    assert look_at(watch, 2.0, False) == look_at(watch, 2.9, False) == []
+    assert look_at(watch, 3.0, False) == [(1, Decision.SEND_AGAIN)]
+    watch.held(1, 3.1)  # the next copy is not stored yet
+    assert look_at(watch, 20.0, False) == []

@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import json
+import os
 import threading
 import time
 
@@ -77,6 +78,19 @@ async def blocking(scope):
     return meeting.block()
 
 
+async def blocking_for_long(scope):
+    """Says how often it was begun, wherever."""
+    return block_for_long()
+
+
+def block_for_long():
+    with open(os.environ["BEGUN_FILE"], "a") as begun:
+        begun.write("x")
+    time.sleep(6.0)  # an opening that nobody claims is taken for lost after 3 s
+    with open(os.environ["BEGUN_FILE"]) as begun:
+        return {"begun": len(begun.read())}
+
+
 async def sensitive(scope):
     return await sync_to_async(meeting.block)()
 
@@ -120,7 +134,17 @@ async def around(scope):
 
 VIEWS = {
     view.__name__: view
-    for view in (plain, blocking, sensitive, sensitive_in_context, insensitive, to_thread, context, around)
+    for view in (
+        plain,
+        blocking,
+        blocking_for_long,
+        sensitive,
+        sensitive_in_context,
+        insensitive,
+        to_thread,
+        context,
+        around,
+    )
 }
 
 

@@ -48,6 +48,13 @@ def test_a_blocking_call_in_async_code_stops_everything_else(plain):
     assert all(answer["is_main"] for answer in answers)
 
 
+def test_a_request_that_blocks_its_worker_for_long_runs_once(tmp_path):
+    environment = {"BEGUN_FILE": str(tmp_path / "begun")}
+    with Served(f"{APP}:asgi3", "--lifespan", "off", "--workers", "3", env=environment) as served:
+        assert httpx.get(f"{served.url}/blocking_for_long", timeout=30).json() == {"begun": 1}
+        assert "was lost" not in served.output
+
+
 def test_sync_to_async_runs_on_one_thread_for_the_whole_worker(plain):
     answers = together(plain, "sensitive", 3)
     assert [answer["together"] for answer in answers] == [1, 1, 1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -28,9 +28,11 @@ class Application:
         self.scopes: list[Any] = []
         self.events: list[Any] = []
         self.release = asyncio.Event()
+        self.when_called: Callable[[], object] = lambda: None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.scopes.append(scope)
+        self.when_called()
         if scope["type"] == "websocket":
             self.events.append(await receive())
             await send({"type": "websocket.accept"})
@@ -96,6 +98,32 @@ async def test_an_application_that_does_not_wait_answers_in_one_frame(bench: Ben
     await bench.open()
     assert bench.layer.take() == [[int(FrameKind.ANSWER), 1, 1, 204, [], b""]]
     assert bench.process.instances() == []
+
+
+async def test_openings_behind_a_first_turn_that_blocks_are_told_from_a_second_look_on(bench: Bench) -> None:
+    """As the lease's thread looks, twice a second. Unsafe ones, too: their claims leave behind that turn."""
+    seen: list[list[tuple[str, int, int]]] = []
+
+    def look(*_: object) -> None:
+        seen.append(bench.process.stalled_openings())
+
+    look()
+    bench.application.when_called = lambda: [look() for _ in range(3)]
+    openings = [
+        make_opening(http_scope(method), connection=number, first=REQUEST)
+        for number, method in ((1, "GET"), (2, "POST"))
+    ]
+    await bench.layer.offer(*openings)
+    await turns()
+    look()
+    both = [(INTERFACE, 1, 1), (INTERFACE, 2, 1)]
+    assert seen == [[], [], both, both, []]
+    bench.application.when_called = lambda: None
+    await bench.layer.offer(make_opening(http_scope("POST"), connection=3, first=REQUEST))
+    await turns()
+    look()
+    look()
+    assert seen[5:] == [[], []], "nothing of it runs"
 
 
 async def test_an_unsafe_request_is_answered_at_once_behind_its_grant(bench: Bench) -> None:
