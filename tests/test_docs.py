@@ -41,7 +41,7 @@ FOREIGN_FLAGS = {
     "--timeout-graceful-shutdown",  # uvicorn
     "--help",
     "--no-cache-dir",  # pip
-    "--uvloop",  # benchmarks
+    *("--uvloop", "--quick", "--servers", "--minutes"),  # benchmarks, the soak
     "--no",  # … and the name of a switch
 }
 
