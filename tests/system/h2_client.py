@@ -40,7 +40,7 @@ class Stream:
 class H2Client:
     """``grants``: whether what was read is granted to the server again."""
 
-    def __init__(self, port, *, wrap=None, grants=True, timeout_s=20):
+    def __init__(self, port, *, wrap=None, grants=True, timeout_s=60):
         self.socket = socket.create_connection(("127.0.0.1", port))
         if wrap is not None:
             self.socket = wrap(self.socket)
@@ -135,7 +135,7 @@ class H2Client:
             case ConnectionTerminated():
                 self.goaway = event
 
-    def read_until(self, condition, timeout_s=20):
+    def read_until(self, condition, timeout_s=60):
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert not self.is_closed, "the server has closed the connection"

@@ -121,7 +121,7 @@ class Served(Command):
         def found():
             return [pid for pid, command in children_of(self.process.pid) if "-server" in command]
 
-        wait_until(found, 10, "a broker runs")
+        wait_until(found, 30, "a broker runs")
         return found()[0]
 
 

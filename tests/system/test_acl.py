@@ -36,7 +36,7 @@ def server(request, tmp_path):
 
 
 def read_until(client, text):
-    while client.recv(timeout=20) != text:
+    while client.recv(timeout=60) != text:
         pass
 
 
@@ -86,11 +86,11 @@ def test_the_user_of_the_readme_may_do_what_is_needed_and_no_more(server):
     ):
         address = interface.wait_for(r"accepts on (http://\S+)").group(1)
         # There is no worker yet: after 2 s the request is looked for in its queue, then it is removed.
-        assert httpx.post(address, timeout=20).status_code == 503
+        assert httpx.post(address, timeout=60).status_code == 503
         with Command("worker", APP, "--redis", url) as worker:
             worker.wait_for("runs tests.system")
-            assert httpx.post(address, timeout=20).text == "hello"
-            with connect(f"{address.replace('http', 'ws')}/member?group=room", open_timeout=20) as client:
+            assert httpx.post(address, timeout=60).text == "hello"
+            with connect(f"{address.replace('http', 'ws')}/member?group=room", open_timeout=60) as client:
                 read_until(client, "joined")
                 client.send("from a client")
                 read_until(client, "from a client")

@@ -35,7 +35,7 @@ async def download(client, url):
 
 async def talk(url, started, stop):
     """Echoes numbers until told to stop; each answer must be the number just sent. Returns how many."""
-    async with connect(url, open_timeout=30, ping_interval=None) as client:
+    async with connect(url, open_timeout=60, ping_interval=None) as client:
         number = 0
         while not stop.is_set():
             await client.send(str(number))

@@ -42,12 +42,12 @@ def stack():
 
 
 def window(port, name):
-    return connect(f"ws://127.0.0.1:{port}/rooms/lobby?name={name}&id={name}", open_timeout=30)
+    return connect(f"ws://127.0.0.1:{port}/rooms/lobby?name={name}&id={name}", open_timeout=60)
 
 
 def read(client, kind, name):
     while True:
-        line = json.loads(client.recv(timeout=30))
+        line = json.loads(client.recv(timeout=60))
         if (line["kind"], line["name"]) == (kind, name):
             return line
 
@@ -57,7 +57,7 @@ def running(service):
 
 
 def test_the_chat_answers_and_workers_are_scaled_while_clients_are_connected(stack):
-    assert "<title>Chat</title>" in httpx.get("http://127.0.0.1:8000/", timeout=30).text
+    assert "<title>Chat</title>" in httpx.get("http://127.0.0.1:8000/", timeout=60).text
     with window(8000, "ada") as ada:
         read(ada, "here", "ada")
         compose("up", "--detach", "--wait", "--no-recreate", "--scale", "worker=3", "worker")
@@ -67,7 +67,7 @@ def test_the_chat_answers_and_workers_are_scaled_while_clients_are_connected(sta
             # In any order: several workers announce them.
             missing = {f"guest{number}" for number in range(12)}
             while missing:
-                line = json.loads(ada.recv(timeout=30))
+                line = json.loads(ada.recv(timeout=60))
                 if line["kind"] == "joined":
                     missing.discard(line["name"])
             guests[5].send(json.dumps({"kind": "say", "text": "hello from a container"}))
@@ -82,7 +82,7 @@ def test_several_interface_servers_behind_the_balancer(stack):
     deadline = time.monotonic() + 60
     while True:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get("http://127.0.0.1:8080/", timeout=5).status_code == 200:
+            if httpx.get("http://127.0.0.1:8080/", timeout=60).status_code == 200:
                 break
         assert time.monotonic() < deadline, "the balancer does not find the interface servers"
         time.sleep(0.5)

@@ -112,7 +112,7 @@ class RawClient:
 
 def record(served, key, get=httpx.get):
     """What the application noted under ``key``, when it is over."""
-    answer = get(f"{served.url}/record?key={key}", timeout=20)
+    answer = get(f"{served.url}/record?key={key}", timeout=60)
     assert answer.status_code == 200, answer.text
     return ast.literal_eval(answer.text)
 

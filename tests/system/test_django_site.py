@@ -51,7 +51,7 @@ class Visitor:
 
     def __init__(self, served, name=None):
         self.served = served
-        self.client = httpx.Client(base_url=served.url, follow_redirects=True, timeout=30)
+        self.client = httpx.Client(base_url=served.url, follow_redirects=True, timeout=60)
         if name is not None:
             answer = self.submit("/login", "/login", {"username": name, "password": PASSWORD})
             assert answer.status_code == 200, answer.text
@@ -76,7 +76,7 @@ class Visitor:
 
 
 def read(socket):
-    return json.loads(socket.recv(timeout=20))
+    return json.loads(socket.recv(timeout=60))
 
 
 @pytest.mark.parametrize("kind", ["site", "wsgi"])
@@ -178,7 +178,7 @@ def test_consumers_know_the_user_and_the_database(site):
         with grace.socket("/ws/authors") as authors:
             assert "grace" in read(authors)["authors"]
             with pytest.raises(ConnectionClosed):
-                authors.recv(timeout=20)
+                authors.recv(timeout=60)
             assert authors.close_code == 1000
         with pytest.raises(Exception, match="HTTP 403"), stranger.socket("/ws/authors"):
             pass

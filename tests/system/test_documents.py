@@ -48,15 +48,15 @@ def test_the_quick_start_of_the_readme(tmp_path):
     (tmp_path / "main.py").write_text(code)
     with Served("main:app", "--workers", "2", cwd=tmp_path) as served, connect(served.ws_url + "/room") as ada:
         ada.send("I am here")  # joined, and heard by herself
-        assert ada.recv(timeout=30) == "I am here"
-        assert httpx.get(served.url + "/say/hello", timeout=30).json() == {"said": "hello"}
-        assert ada.recv(timeout=30) == "hello"
+        assert ada.recv(timeout=60) == "I am here"
+        assert httpx.get(served.url + "/say/hello", timeout=60).json() == {"said": "hello"}
+        assert ada.recv(timeout=60) == "hello"
         run_script(script("README.md", "Publisher"), served.redis_url)
-        assert ada.recv(timeout=30) == "The build is green"
+        assert ada.recv(timeout=60) == "The build is green"
         with connect(served.ws_url + "/count") as counter:
             for number in ("1", "2"):
                 counter.send("one more")
-                assert counter.recv(timeout=30) == number
+                assert counter.recv(timeout=60) == number
             for pid in served.pids("worker"):
                 os.kill(pid, signal.SIGKILL)
             counter.send("one more")
@@ -68,7 +68,7 @@ def test_rooms_and_streams(tmp_path):
     with (
         Served("rooms:application", "--workers", "2", cwd=tmp_path) as served,
         connect(served.ws_url) as ada,
-        httpx.stream("GET", served.url + "/events", timeout=30) as stream,
+        httpx.stream("GET", served.url + "/events", timeout=60) as stream,
     ):
         lines = stream.iter_lines()
         assert [next(lines), next(lines)] == [": welcome", ""]
@@ -77,19 +77,19 @@ def test_rooms_and_streams(tmp_path):
 
         def repeat():
             while not said.wait(0.2):
-                assert httpx.post(served.url + "/say", content="hello everybody", timeout=30).status_code == 204
+                assert httpx.post(served.url + "/say", content="hello everybody", timeout=60).status_code == 204
 
         speaker = threading.Thread(target=repeat)
         speaker.start()
         try:
             assert next(lines) == "data: hello everybody"
-            assert ada.recv(timeout=30) == "hello everybody"
+            assert ada.recv(timeout=60) == "hello everybody"
         finally:
             said.set()
             speaker.join()
         run_script(script("docs/groups.md", "group_send"), served.redis_url)
         assert "data: the build is green" in lines
-        while (text := ada.recv(timeout=30)) == "hello everybody":
+        while (text := ada.recv(timeout=60)) == "hello everybody":
             pass
         assert text == "The build is green"
 
@@ -119,7 +119,7 @@ def test_a_protocol_of_one_s_own(tmp_path):
         server = subprocess.Popen([sys.executable, str(tmp_path / "lines.py"), served.redis_url], cwd=ROOT)
         try:
             wait_until(lambda: answers(port), 30, "the server listens")
-            with socket.create_connection(("127.0.0.1", port), timeout=30) as client, client.makefile("rb") as answer:
+            with socket.create_connection(("127.0.0.1", port), timeout=60) as client, client.makefile("rb") as answer:
                 client.sendall(b"hello\n")
                 assert answer.readline() == b"HELLO\n"
         finally:
@@ -140,11 +140,11 @@ def count_on(tmp_path, application, path, message="one more"):
     with Served(application, cwd=tmp_path) as served, connect(served.ws_url + path) as client:
         for number in ("1", "2"):
             client.send(message)
-            assert client.recv(timeout=30) == number
+            assert client.recv(timeout=60) == number
         served.process.send_signal(signal.SIGHUP)
         served.wait_for("all workers are replaced")
         client.send(message)
-        assert client.recv(timeout=30) == "3"
+        assert client.recv(timeout=60) == "3"
 
 
 def test_a_counter_with_checkpoints(tmp_path):

@@ -63,21 +63,21 @@ async def work(url, keys):
 def use_everything(url, ws_url, redis_url, keys):
     headers = {"X-Secret": "secret-header"}
     body = b"secret-body" * 20_000
-    answer = httpx.post(url + "/upload?secret-path", headers=headers, content=body, timeout=30)
+    answer = httpx.post(url + "/upload?secret-path", headers=headers, content=body, timeout=60)
     assert answer.json()["bytes"] == len(body)
-    assert "secret-header" in httpx.get(url + "/scope?secret-path", headers=headers, timeout=30).text
-    with connect(ws_url + "/echo?secret-path", open_timeout=30) as client:
+    assert "secret-header" in httpx.get(url + "/scope?secret-path", headers=headers, timeout=60).text
+    with connect(ws_url + "/echo?secret-path", open_timeout=60) as client:
         client.send("secret-text" * 100)
-        assert client.recv(timeout=20) == "secret-text" * 100
-    with connect(ws_url + "/member?group=room", open_timeout=30) as client:
-        assert client.recv(timeout=20) == "joined"
+        assert client.recv(timeout=60) == "secret-text" * 100
+    with connect(ws_url + "/member?group=room", open_timeout=60) as client:
+        assert client.recv(timeout=60) == "joined"
         client.send("secret-text of a client")
-        assert client.recv(timeout=20) == "secret-text of a client"
-        assert httpx.post(url + "/publish?group=room", content=b"secret-view", timeout=30).text == "sent"
-        assert client.recv(timeout=20) == "secret-view"
+        assert client.recv(timeout=60) == "secret-text of a client"
+        assert httpx.post(url + "/publish?group=room", content=b"secret-view", timeout=60).text == "sent"
+        assert client.recv(timeout=60) == "secret-view"
         with Publisher(redis_url, symmetric_encryption_keys=keys) as publisher:
             publisher.group_send("room", {"type": "websocket.send", "text": "secret-work of a script"})
-        assert client.recv(timeout=20) == "secret-work of a script"
+        assert client.recv(timeout=60) == "secret-work of a script"
     asyncio.run(work(redis_url, keys))
 
 
@@ -117,8 +117,8 @@ def test_the_embedded_brokers_environment_has_the_keys_for_scripts_of_the_applic
         "    await receive()\n"
     )
     flags = ("--encryption-keys", f"@{tmp_path / 'keys'}", "--lifespan", "off")
-    with Served("main:app", *flags, cwd=tmp_path) as served, connect(served.ws_url, open_timeout=30) as client:
-        assert client.recv(timeout=20) == "from a child"
+    with Served("main:app", *flags, cwd=tmp_path) as served, connect(served.ws_url, open_timeout=60) as client:
+        assert client.recv(timeout=60) == "from a child"
 
 
 class Halves:
@@ -149,7 +149,7 @@ def halves(broker_server):
 
 
 def answers(url):
-    return httpx.get(url, timeout=40).text == "hello"
+    return httpx.get(url, timeout=60).text == "hello"
 
 
 def test_keys_are_replaced_in_three_rounds_while_requests_go_on(halves):
@@ -175,7 +175,7 @@ def test_a_worker_with_other_keys_says_so_and_lives_and_another_one_answers(halv
     wrong = halves.worker("wrong")
     with contextlib.ExitStack() as stack:
         # It takes the opening and cannot read it; the interface server misses it, and sends it again.
-        pool = stack.enter_context(contextlib.closing(httpx.Client(timeout=40)))
+        pool = stack.enter_context(contextlib.closing(httpx.Client(timeout=60)))
         result = []
         thread = threading.Thread(target=lambda: result.append(pool.get(url).text))
         thread.start()

@@ -127,4 +127,4 @@ def test_sockets_of_systemd():
             assert [httpx.get(f"http://127.0.0.1:{port}/").text for port in ports] == ["hello", "hello"]
         finally:
             process.terminate()
-            process.communicate(timeout=30)
+            process.communicate(timeout=60)

@@ -20,12 +20,12 @@ def served(tmp_path_factory):
 def exchange(served, request):
     """Send a request that closes the connection; return the answer."""
     with socket.create_connection(("127.0.0.1", served.port)) as client:
-        client.settimeout(20)
+        client.settimeout(60)
         client.sendall(request)
-        received = b""
+        received = bytearray()
         while data := client.recv(65536):
             received += data
-    return received
+    return bytes(received)
 
 
 def get(served, target, *fields, version="1.1"):

@@ -64,7 +64,7 @@ def test_fastapi(tmp_path):
         with connect(served.ws_url + "/ws/kitchen", subprotocols=["chat", "other"]) as client:
             assert client.subprotocol == "chat"
             client.send('{"a": 1}')
-            assert json.loads(client.recv(timeout=10)) == {"room": "kitchen", "got": {"a": 1}}
+            assert json.loads(client.recv(timeout=60)) == {"room": "kitchen", "got": {"a": 1}}
             client.close(4001, "enough")
         served.wait_for("gone 4001 enough")
 
@@ -78,7 +78,7 @@ def test_channels_tutorial(kind):
 
         def everybody_hears(message):
             for client in clients:
-                assert json.loads(client.recv(timeout=20)) == {"message": message}
+                assert json.loads(client.recv(timeout=60)) == {"message": message}
 
         clients[0].send('{"message": "hello"}')
         everybody_hears("hello")

@@ -22,7 +22,7 @@ TRUNKLINE = str(Path(sys.executable).parent / "trunkline")
 
 def ask(port, path):
     """(status, body) of the admin port; (0, {}) if nothing answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -40,14 +40,14 @@ def is_ready(port):
 def health(*argv, env=None):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRUNKLINE_")}
     return subprocess.run(
-        [TRUNKLINE, "health", *argv], capture_output=True, text=True, timeout=30, env=environment | (env or {})
+        [TRUNKLINE, "health", *argv], capture_output=True, text=True, timeout=60, env=environment | (env or {})
     )
 
 
 def test_a_supervisor_answers_for_its_processes_through_an_outage():
     port = free_port()
     with Served(APP, "--workers", "2", "--admin-port", str(port)) as served:
-        wait_until(lambda: is_ready(port), 10, "everything is ready")
+        wait_until(lambda: is_ready(port), 30, "everything is ready")
         assert ask(port, "/readyz")[1] == {
             "ready": True,
             "processes": {"interface server 1": "ready", "worker 1": "ready", "worker 2": "ready"},
@@ -57,7 +57,7 @@ def test_a_supervisor_answers_for_its_processes_through_an_outage():
         os.kill(broker, signal.SIGSTOP)
         try:
             began_at = time.monotonic()
-            wait_until(lambda: not is_ready(port), 15, "not ready any more")
+            wait_until(lambda: not is_ready(port), 45, "not ready any more")
             assert time.monotonic() - began_at < 15  # promised: within 5 s
             assert ask(port, "/healthz") == (200, {"alive": True})
             asked = health("--admin-port", str(port))
@@ -66,16 +66,16 @@ def test_a_supervisor_answers_for_its_processes_through_an_outage():
             assert health("live", env={"TRUNKLINE_ADMIN_PORT": str(port)}).returncode == 0
         finally:
             os.kill(broker, signal.SIGCONT)
-        wait_until(lambda: is_ready(port), 20, "ready again")
+        wait_until(lambda: is_ready(port), 60, "ready again")
         os.kill(broker, signal.SIGKILL)
         served.wait_for("broker was ended by SIGKILL; starting another")
-        wait_until(lambda: is_ready(port), 20, "ready with the new broker")
+        wait_until(lambda: is_ready(port), 60, "ready with the new broker")
         # A frozen worker says nothing, and the supervisor says so.
         frozen = served.pids("worker")[0]
         os.kill(frozen, signal.SIGSTOP)
-        wait_until(lambda: "says nothing" in str(ask(port, "/readyz")[1]), 15, "the frozen worker shows")
+        wait_until(lambda: "says nothing" in str(ask(port, "/readyz")[1]), 45, "the frozen worker shows")
         os.kill(frozen, signal.SIGCONT)
-        wait_until(lambda: is_ready(port), 20, "ready when it is back")
+        wait_until(lambda: is_ready(port), 60, "ready when it is back")
     assert ask(port, "/healthz")[0] == 0
     assert health("--admin-port", str(port)).returncode == 1
 
@@ -89,17 +89,17 @@ def test_single_processes_answer_for_themselves_and_are_not_ready_while_they_dra
     ):
         url = interface.wait_for(r"accepts on (http://\S+)").group(1)
         for port in ports.values():
-            wait_until(lambda port=port: is_ready(port), 20, "ready")
+            wait_until(lambda port=port: is_ready(port), 60, "ready")
         hanging = Hanging(f"{url}/hang")
         hanging.start()
         worker.wait_for("hang. has begun")
         broker_server.kill()
         for port in ports.values():
-            wait_until(lambda port=port: not is_ready(port), 15, "the outage shows")
+            wait_until(lambda port=port: not is_ready(port), 45, "the outage shows")
             assert ask(port, "/healthz")[0] == 200
         broker_server.start()
         for port in ports.values():
-            wait_until(lambda port=port: is_ready(port), 20, "ready again")
+            wait_until(lambda port=port: is_ready(port), 60, "ready again")
         interface.process.send_signal(signal.SIGTERM)
         wait_until(lambda: ask(ports["interface"], "/readyz")[0] == 503, 1, "not ready as soon as it drains")
         assert ask(ports["interface"], "/readyz")[1]["processes"] == {"interface server": "draining"}

@@ -79,11 +79,11 @@ def test_rubbish_in_every_list():
             for key in lists:
                 for start in range(0, len(elements), 100):
                     broker.rpush(key, *elements[start : start + 100])
-                assert httpx.get(served.url, timeout=20).text == "hello", key
+                assert httpx.get(served.url, timeout=60).text == "hello", key
                 neighbour.send(key)
-                assert neighbour.recv(timeout=20) == key
+                assert neighbour.recv(timeout=60) == key
             wait_until(lambda: not any(broker.llen(key) for key in lists), 60, "everything is read")
-            assert httpx.get(served.url, timeout=20).text == "hello"
+            assert httpx.get(served.url, timeout=60).text == "hello"
         growth.check()
         assert all(is_alive(pid) for pid in pids)
         assert [*served.pids("worker"), *served.pids("interface server"), served.broker_pid()] == pids

@@ -446,7 +446,7 @@ def test_curl_agrees(served):
     answer = subprocess.run(
         ["curl", "-sS", "--http2-prior-knowledge", "-d", "hello", f"{served.url}/echo"],
         capture_output=True,
-        timeout=30,
+        timeout=60,
         check=True,
     )
     assert answer.stdout == b"hello"

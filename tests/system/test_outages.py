@@ -34,7 +34,7 @@ class Stream:
         self.error = None
         self._thread = threading.Thread(target=self._read, args=(url,))
         self._thread.start()
-        wait_until(lambda: self.count or self.error, 20, "it has begun")
+        wait_until(lambda: self.count or self.error, 60, "it has begun")
 
     def _read(self, url):
         try:
@@ -52,7 +52,7 @@ class Stream:
         return self.count
 
 
-def echo(client, text, timeout_s=40):
+def echo(client, text, timeout_s=60):
     client.send(text)
     assert client.recv(timeout=timeout_s) == text
 
@@ -71,7 +71,7 @@ def test_twenty_seconds_without_the_broker_close_nothing_and_declare_nobody_dead
                 for client in clients:
                     client.send("meanwhile")
                 # A new request waits for --broker-wait and then for nothing.
-                refused = httpx.get(served.url, timeout=30)
+                refused = httpx.get(served.url, timeout=60)
                 assert refused.status_code == 503
                 assert int(refused.headers["retry-after"]) > 0
                 assert time.monotonic() - stopped_at < 5 * SLACK
@@ -84,7 +84,7 @@ def test_twenty_seconds_without_the_broker_close_nothing_and_declare_nobody_dead
                 assert client.recv(timeout=5 * SLACK) == "meanwhile"
                 echo(client, "after")
             assert stream.join() == 400
-            assert httpx.get(served.url, timeout=30).text == "hello"
+            assert httpx.get(served.url, timeout=60).text == "hello"
             assert time.monotonic() - resumed_at < 5 * SLACK + 8
         assert "is dead" not in served.output
         assert "lose their application" not in served.output
@@ -102,14 +102,14 @@ def hang_connections(proxy, broker_server, loop):
     ):
         url = interface.wait_for(r"accepts on (http://\S+)").group(1)
         worker.wait_for("runs")
-        with connect(url.replace("http", "ws") + "/echo", open_timeout=20) as client:
+        with connect(url.replace("http", "ws") + "/echo", open_timeout=60) as client:
             echo(client, "before")
             stream = Stream(f"{url}/numbers?n=600&pause=0.02")
             loop.call_soon_threadsafe(proxy.hang)
             for number in range(20):
                 client.send(str(number))
             for number in range(20):
-                assert client.recv(timeout=30) == str(number)
+                assert client.recv(timeout=60) == str(number)
             assert stream.join() == 600
         assert proxy.hung_count > 0
         interface.wait_for("reconnecting")
@@ -129,7 +129,7 @@ def test_an_interface_server_that_was_away_gives_its_clients_to_new_calls(tmp_pa
         ):
             for client in (stored, bare):
                 client.send("x")
-                assert client.recv(timeout=20).startswith("1 ")
+                assert client.recv(timeout=60).startswith("1 ")
             (interface,) = served.pids("interface server")
             os.kill(interface, signal.SIGSTOP)
             try:
@@ -143,10 +143,10 @@ def test_an_interface_server_that_was_away_gives_its_clients_to_new_calls(tmp_pa
             # The client with a checkpoint was never gone: another call goes on from it.
             assert stored.recv(timeout=5 * SLACK).startswith("2 ")
             stored.send("x")
-            assert stored.recv(timeout=20).startswith("3 ")
+            assert stored.recv(timeout=60).startswith("3 ")
             publisher.group_send("away", {"type": "websocket.send", "text": "still a member"})
-            assert stored.recv(timeout=10) == "still a member"
+            assert stored.recv(timeout=60) == "still a member"
             with pytest.raises(ConnectionClosed):
                 bare.recv(timeout=5 * SLACK)
             assert bare.close_code == 1012
-        assert httpx.get(f"{served.url}/pid", timeout=20).status_code == 200
+        assert httpx.get(f"{served.url}/pid", timeout=60).status_code == 200

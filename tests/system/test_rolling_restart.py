@@ -61,12 +61,12 @@ class Load:
 
     def _ask(self, url: str, number: int) -> None:
         with contextlib.ExitStack() as stack:
-            kept = stack.enter_context(httpx.Client(timeout=30))
+            kept = stack.enter_context(httpx.Client(timeout=60))
             while not self._over.is_set():
                 content = f"{number}.{self.count}".encode()
                 try:
                     if self.count % 10 == 0:
-                        answer = httpx.post(url, content=content, timeout=30)
+                        answer = httpx.post(url, content=content, timeout=60)
                     elif self.count % 2:
                         answer = kept.post(url, content=content)
                     else:
@@ -89,7 +89,7 @@ def roll(command: Command, times: int) -> None:
 def test_five_rolling_restarts_of_two_workers_under_load_fail_no_request(tmp_path: Path) -> None:
     write(tmp_path, "v0")
     with Served("main:application", "--workers", "2", "--no-access-log", cwd=tmp_path) as served:
-        wait_until(lambda: len(served.pids("worker")) == 2, 20, "two workers run")
+        wait_until(lambda: len(served.pids("worker")) == 2, 60, "two workers run")
         interface = served.pids("interface server")
         pids = set(served.pids("worker"))
         with Load(served.url) as load:
@@ -101,7 +101,7 @@ def test_five_rolling_restarts_of_two_workers_under_load_fail_no_request(tmp_pat
                 assert not now & pids
                 assert not any(is_alive(pid) for pid in pids)
                 pids = now
-            wait_until(lambda: "v5" in load.versions, 20, "the last version answers")
+            wait_until(lambda: "v5" in load.versions, 60, "the last version answers")
         assert load.failures == []
         assert load.versions == {f"v{number}" for number in range(6)}
         assert load.count > 100
@@ -121,14 +121,14 @@ def test_workers_of_their_own_command_are_replaced_too(tmp_path: Path, broker_se
         with Load(url, threads=2) as load:
             write(tmp_path, "v1")
             roll(workers, 1)
-            wait_until(lambda: "v1" in load.versions, 20, "the new version answers")
+            wait_until(lambda: "v1" in load.versions, 60, "the new version answers")
         assert load.failures == []
 
 
 def test_a_version_that_cannot_start_leaves_the_old_one_running(tmp_path: Path) -> None:
     write(tmp_path, "v0")
     with Served("main:application", "--workers", "2", "--no-access-log", cwd=tmp_path) as served:
-        wait_until(lambda: len(served.pids("worker")) == 2, 20, "two workers run")
+        wait_until(lambda: len(served.pids("worker")) == 2, 60, "two workers run")
         pids = sorted(served.pids("worker"))
         with Load(served.url, threads=2) as load:
             (tmp_path / "main.py").write_text("def what is this\n")
@@ -138,7 +138,7 @@ def test_a_version_that_cannot_start_leaves_the_old_one_running(tmp_path: Path) 
             # And when it is mended, the next signal does it.
             write(tmp_path, "v1")
             roll(served, 1)
-            wait_until(lambda: "v1" in load.versions, 20, "the mended version answers")
+            wait_until(lambda: "v1" in load.versions, 60, "the mended version answers")
         assert load.failures == []
 
 

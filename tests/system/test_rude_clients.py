@@ -67,7 +67,7 @@ class Neighbours:
 
     def __enter__(self):
         self._thread.start()
-        wait_until(lambda: self.count or self._failure, 10, "a neighbour is served")
+        wait_until(lambda: self.count or self._failure, 30, "a neighbour is served")
         return self
 
     def __exit__(self, *_):
@@ -80,12 +80,12 @@ class Neighbours:
     def ask(self, count):
         """Wait until so many more were served."""
         target = self.count + count
-        wait_until(lambda: self.count >= target or self._failure, 30, "neighbours are served")
+        wait_until(lambda: self.count >= target or self._failure, 90, "neighbours are served")
 
     def _run(self):
         try:
             with (
-                httpx.Client(base_url=self.served.url, timeout=20) as http,
+                httpx.Client(base_url=self.served.url, timeout=60) as http,
                 connect(f"{self.served.ws_url}/echo") as ws,
             ):
                 while not self._stop.wait(0.02):
@@ -93,7 +93,7 @@ class Neighbours:
                     assert http.get("/").text == "hello"
                     between = time.monotonic()
                     ws.send("hello")
-                    assert ws.recv(timeout=20) == "hello"
+                    assert ws.recv(timeout=60) == "hello"
                     self.slowest_s = max(self.slowest_s, between - begun, time.monotonic() - between)
                     self.count += 1
         except Exception as error:
@@ -119,7 +119,7 @@ def open_websocket(served):
     return client
 
 
-def read_to_end(client, timeout_s=20):
+def read_to_end(client, timeout_s=30):
     """Everything until the server closes or resets."""
     received = b""
     client.settimeout(timeout_s)
@@ -340,7 +340,7 @@ def test_clients_that_vanish_without_a_word():
                 client.close()
         # The download by its write timeout, the WebSocket by its ping. (A request that waits in silence is noticed
         # with its next byte, or by TCP's keep-alive: here its FIN does it.)
-        served.wait_for(r"hang\?get is over", timeout_s=20)
+        served.wait_for(r"hang\?get is over", timeout_s=60)
         wait_until(lambda: sockets_of(served) <= before - 3, 2 * WRITE_S + SLACK_S, "all are gone")
 
 
@@ -484,7 +484,7 @@ def test_slow_tls_handshakes(tls_served):
         took_s, _ = drip(dripping, hello)
         assert took_s < HEADERS_S + SLACK_S
         context = ssl.create_default_context(cafile=tls_served.authority.path)
-        assert httpx.get(f"https://localhost:{tls_served.port}", verify=context, timeout=10).text == "hello"
+        assert httpx.get(f"https://localhost:{tls_served.port}", verify=context, timeout=60).text == "hello"
         wait_until(lambda: sockets_of(tls_served) <= before + 1, HEADERS_S + SLACK_S, "all are closed")
 
 

@@ -34,7 +34,7 @@ def test_access_log_names_request_status_and_time(served):
     served.wait_for(r'INFO: +127\.0\.0\.1:\d+ - "GET /nowhere\?a=%0a HTTP/1\.1" 404 .*\d+\.\d+ ?ms')
     with connect(served.ws_url + "/echo") as client:
         client.send("x")
-        assert client.recv(timeout=5) == "x"
+        assert client.recv(timeout=60) == "x"
     served.wait_for(r'"WebSocket /echo" \[accepted\]')
     served.wait_for(r'"WebSocket /echo" \[closed 1000\]')
 
@@ -46,7 +46,7 @@ def test_an_error_of_the_application_is_logged_once_and_answered(served):
         httpx.get(served.url + "/fail-later")
     with connect(served.ws_url + "/fail") as client:
         with pytest.raises(ConnectionClosed):
-            client.recv(timeout=5)
+            client.recv(timeout=60)
         assert client.close_code == 1011
 
 
@@ -65,7 +65,7 @@ def test_no_child_survives_a_killed_supervisor():
     pids = [pid for pid, _ in children_of(running.process.pid)]
     assert len(pids) == 5
     running.process.kill()
-    wait_until(lambda: not any(is_alive(pid) for pid in pids), 5, "the children end")
+    wait_until(lambda: not any(is_alive(pid) for pid in pids), 30, "the children end")
     running.stop()
 
 
@@ -78,26 +78,26 @@ def test_a_dead_process_is_replaced(role):
 
         def answers():
             try:
-                return httpx.get(running.url, timeout=10).status_code == 200
+                return httpx.get(running.url, timeout=60).status_code == 200
             except httpx.HTTPError:
                 return False
 
-        wait_until(answers, 15, "requests are answered again")
+        wait_until(answers, 45, "requests are answered again")
 
 
 def test_a_killed_worker_costs_its_requests_a_502_and_its_sockets_a_1012():
-    with Served(APP) as running, httpx.Client(base_url=running.url, timeout=20) as client:
+    with Served(APP) as running, httpx.Client(base_url=running.url, timeout=60) as client:
         with connect(running.ws_url + "/echo") as socket_client:
             socket_client.send("x")
-            assert socket_client.recv(timeout=5) == "x"
+            assert socket_client.recv(timeout=60) == "x"
             with socket.create_connection(("127.0.0.1", running.port)) as hanging:
                 hanging.settimeout(15)
                 hanging.sendall(b"POST /hang HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
-                wait_until(lambda: client.get("/").status_code == 200, 5, "the request before is under way")
+                wait_until(lambda: client.get("/").status_code == 200, 30, "the request before is under way")
                 os.kill(running.pids("worker")[0], signal.SIGKILL)
                 assert hanging.recv(4096).startswith(b"HTTP/1.1 502 ")
             with pytest.raises(ConnectionClosed):
-                socket_client.recv(timeout=15)
+                socket_client.recv(timeout=60)
             assert socket_client.close_code == 1012
 
 
@@ -109,13 +109,13 @@ def test_reload_restarts_the_workers_and_nothing_else(tmp_path):
         interface = running.pids("interface server")
         assert httpx.get(running.url).text == "Hello, world!\n"
         source.write_text(text.replace("world", "moon"))
-        wait_until(lambda: httpx.get(running.url, timeout=20).text == "Hello, moon!\n", 20, "the change shows")
+        wait_until(lambda: httpx.get(running.url, timeout=60).text == "Hello, moon!\n", 60, "the change shows")
         assert running.pids("interface server") == interface
         source.write_text("def what is this\n")
         running.wait_for("SyntaxError")
         running.wait_for("worker 1 could not start; waiting for a file to change")
         source.write_text(text)
-        wait_until(lambda: httpx.get(running.url, timeout=20).text == "Hello, world!\n", 30, "the mended file shows")
+        wait_until(lambda: httpx.get(running.url, timeout=60).text == "Hello, world!\n", 90, "the mended file shows")
 
 
 @pytest.mark.parametrize("name", ["worker", "interface_server"])
@@ -173,14 +173,14 @@ def test_the_halves_by_themselves(broker_server):
         Command("interface", "--uds", f"{broker_server.directory}/http", *flags) as interface,
     ):
         transport = httpx.HTTPTransport(uds=f"{broker_server.directory}/http")
-        wait_until(lambda: os.path.exists(f"{broker_server.directory}/http"), 20, "the socket is there")
-        with httpx.Client(transport=transport, timeout=20) as client:
+        wait_until(lambda: os.path.exists(f"{broker_server.directory}/http"), 60, "the socket is there")
+        with httpx.Client(transport=transport, timeout=60) as client:
             assert client.get("http://x/").text == "hello"
         assert worker.stop() == 0
         assert interface.stop() == 0
     for module in ("worker", "interface_server"):
         shown = subprocess.run(
-            [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+            [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
         )
         assert "--redis URL" in shown.stdout
 
@@ -203,7 +203,7 @@ def test_log_config_and_header_flags(tmp_path):
         answer = httpx.get(running.url)
         assert answer.headers["x-served-by"] == "us"
         assert "server" not in answer.headers
-        wait_until(lambda: '"GET / HTTP/1.1" 200' in (tmp_path / "log").read_text(), 5, "the access log line")
+        wait_until(lambda: '"GET / HTTP/1.1" 200' in (tmp_path / "log").read_text(), 30, "the access log line")
 
 
 def test_a_socket_that_systemd_opened_is_served_without_a_flag():
@@ -226,7 +226,7 @@ def test_a_socket_that_systemd_opened_is_served_without_a_flag():
         )
         try:
             # It listens already, so this waits until somebody accepts.
-            assert httpx.get(f"http://127.0.0.1:{port}/", timeout=30).text == "hello"
+            assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text == "hello"
         finally:
             command.send_signal(signal.SIGINT)
             assert command.wait(30) == 0

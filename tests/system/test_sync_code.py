@@ -111,7 +111,7 @@ def test_sync_consumers_of_a_worker_share_one_thread(site):
         clients = [stack.enter_context(connect(site.ws_url + "/")) for _ in range(3)]
         for client in clients:
             client.send("x")
-        answers = [json.loads(client.recv(timeout=20)) for client in clients]
+        answers = [json.loads(client.recv(timeout=60)) for client in clients]
     assert [answer["together"] for answer in answers] == [1, 1, 1]
     assert len(threads_of(answers)) == 1
     assert not answers[0]["is_main"]

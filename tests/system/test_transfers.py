@@ -135,7 +135,7 @@ def test_a_websocket_client_that_never_reads_costs_a_window(served):
             for number in range(500):
                 begun = time.monotonic()
                 neighbour.send(str(number))
-                assert neighbour.recv(timeout=5) == str(number)
+                assert neighbour.recv(timeout=15) == str(number)
                 slowest = max(slowest, time.monotonic() - begun)
         assert slowest < 1.0
     growth.check()
@@ -146,9 +146,9 @@ def test_messages_of_all_sizes_come_back_whole(served):
         for size in (0, 1, 125, 126, 65535, 65536, 65537, 300_000, 5_000_000):
             message = os.urandom(size)
             client.send(message)
-            assert client.recv(timeout=20) == message
+            assert client.recv(timeout=60) == message
             client.send("ü" * (size // 2))
-            assert client.recv(timeout=20) == "ü" * (size // 2)
+            assert client.recv(timeout=60) == "ü" * (size // 2)
 
 
 def test_a_broadcast_member_that_never_reads_is_closed_and_the_others_notice_nothing():
@@ -157,12 +157,12 @@ def test_a_broadcast_member_that_never_reads_is_closed_and_the_others_notice_not
         url = f"{served.ws_url}/member?group=room"
         readers = [stack.enter_context(connect(url, max_size=None, compression=None)) for _ in range(3)]
         for reader in readers:
-            assert reader.recv(timeout=10) == "joined"
+            assert reader.recv(timeout=60) == "joined"
         text = "x" * 50_000
         for number in range(400):  # 20 MB: beyond what the kernel holds for the deaf one
             readers[0].send(f"{number} {text}")
             for reader in readers:
-                assert reader.recv(timeout=10) == f"{number} {text}"
+                assert reader.recv(timeout=60) == f"{number} {text}"
         received = deaf.read_to_the_end(30)
         assert len(received) < 19_000_000, "it was sent everything, so it was not deaf"
         served.wait_for(r'"WebSocket /member\?group=room" \[closed 1013\]')

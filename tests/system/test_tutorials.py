@@ -32,7 +32,7 @@ def library():
 
 @pytest.fixture(scope="module")
 def books(library):
-    with httpx.Client(base_url=library.url, timeout=30) as client:
+    with httpx.Client(base_url=library.url, timeout=60) as client:
         yield client
 
 
@@ -151,9 +151,9 @@ def test_fastapi_websockets(library):
         pass
     with connect(library.ws_url + "/rooms/1?name=Ada") as ada, connect(library.ws_url + "/rooms/2?name=Bo") as bo:
         ada.send("hello")
-        assert ada.recv(timeout=20) == bo.recv(timeout=20) == "Ada in 1: hello"
+        assert ada.recv(timeout=60) == bo.recv(timeout=60) == "Ada in 1: hello"
         bo.close()
-        assert ada.recv(timeout=20) == "Bo left"
+        assert ada.recv(timeout=60) == "Bo left"
 
 
 def test_fastapi_ends_its_lifespan(library, books):
@@ -173,7 +173,7 @@ def box():
 
 @pytest.fixture(scope="module")
 def cards(box):
-    with httpx.Client(base_url=box.url, timeout=30) as client:
+    with httpx.Client(base_url=box.url, timeout=60) as client:
         yield client
 
 
@@ -268,25 +268,25 @@ def test_starlette_websockets(box):
     with connect(box.ws_url + "/shout", subprotocols=["quiet", "loud"]) as client:
         assert (client.subprotocol, client.response.headers["x-stand"]) == ("loud", "here")
         client.send(json.dumps({"say": "hey"}))
-        assert json.loads(client.recv(timeout=20)) == {"shout": "HEY"}
+        assert json.loads(client.recv(timeout=60)) == {"shout": "HEY"}
         client.close(4444)
     box.wait_for("shouting ended with 4444")
     with connect(box.ws_url + "/shout", subprotocols=["loud"]) as client:
         client.send("no json")
         with pytest.raises(ConnectionClosed):
-            client.recv(timeout=20)
+            client.recv(timeout=60)
     assert client.close_code == 1003
     with connect(box.ws_url + "/upside-down", max_size=None) as client:
         data = os.urandom(300_000)
         client.send(data)
-        assert client.recv(timeout=20) == data[::-1]
+        assert client.recv(timeout=60) == data[::-1]
     with pytest.raises(InvalidStatus) as denied, connect(box.ws_url + "/denied"):
         pass
     assert (denied.value.response.status_code, denied.value.response.body) == (429, b'{"why":"full"}')
     with connect(box.ws_url + "/reason?q=a") as client:
-        assert client.recv(timeout=20) == "a False"
+        assert client.recv(timeout=60) == "a False"
         with pytest.raises(ConnectionClosed):
-            client.recv(timeout=20)
+            client.recv(timeout=60)
     assert (client.close_code, client.close_reason) == (4001, "enough")
 
 
@@ -339,8 +339,8 @@ class Browser(httpx.Client):
 
 def test_django_polls_from_the_admin_to_the_results(polls):
     with (
-        Browser(base_url=polls.url, follow_redirects=True, timeout=30) as ada,
-        Browser(base_url=polls.url, follow_redirects=True, timeout=30) as voter,
+        Browser(base_url=polls.url, follow_redirects=True, timeout=60) as ada,
+        Browser(base_url=polls.url, follow_redirects=True, timeout=60) as voter,
     ):
         assert "No polls yet." in voter.get("/polls/").text
         assert "Log in" in ada.get("/admin/").text
