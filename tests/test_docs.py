@@ -18,7 +18,7 @@ from worker.settings import WorkerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("channel_layer", "interface_server", "worker", "trunkline")
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.md")])
 NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 TOP = {path.name for path in ROOT.iterdir()}
 SOURCE = "".join(
