@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -33,6 +34,9 @@ _BATCH_MESSAGES_MAX: Final = 500
 _BATCH_BYTES_MAX: Final = 1024 * 1024
 # Elements that one read of the inbox takes: what a loop handles in a few milliseconds.
 _READ_COUNT: Final = 64
+# Elements are handled so long before the others on this loop have a turn: a read may bring 4 MiB, or thousands of
+# frames of a flood, and what a client sends would wait for all of them. The rest of the read follows then.
+_READ_SLICE_S: Final = 0.001
 # After an error that is not the broker's absence (which has a pause of its own), so that a lasting one is not a
 # busy loop.
 _PAUSE_AFTER_ERROR_S: Final = 0.2
@@ -298,6 +302,7 @@ class InboxReader:
         blob_received: Callable[[bytes], None],
         letter_received: Callable[[bytes], None],
         reader_restored: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._reader = reader
         # The first key that holds something is read, so the order alternates or one would starve the other.
@@ -306,7 +311,9 @@ class InboxReader:
         self._blob_received = blob_received
         self._letter_received = letter_received
         self._reader_restored = reader_restored
-        # False while the last read of ``link`` was a full one, so that more is likely to wait (see liveness.py).
+        self._clock = clock
+        # False while the last read of ``link`` was a full one, so that more is likely to wait, or is not all handled
+        # (see liveness.py).
         self.is_current = True
         self._task: asyncio.Task[None] | None = None
         self._may_read = asyncio.Event()
@@ -385,14 +392,31 @@ class InboxReader:
             self._read_count += 1
             key, elements = taken
             if key == self._link_key:
-                self.is_current = len(elements) < _READ_COUNT
                 self._blob_count += len(elements)
-                for element in elements:
-                    self._guarded(self._blob_received, element)
+                self.is_current = len(elements) < _READ_COUNT
+                await self._handle(self._blob_received, elements)
             else:
                 self._letter_count += len(elements)
-                for element in elements:
-                    self._guarded(self._letter_received, element)
+                await self._handle(self._letter_received, elements)
+
+    async def _handle(self, call: Callable[[bytes], None], elements: Sequence[bytes]) -> None:
+        """Handle what was read, all of it also if this is cancelled: nobody else has these elements."""
+        clock = self._clock
+        until = clock() + _READ_SLICE_S
+        cancelled: asyncio.CancelledError | None = None
+        for element in elements:
+            if cancelled is None and clock() >= until:
+                # What is in our hands speaks for its senders, and was not heard yet.
+                was_current, self.is_current = self.is_current, False
+                try:
+                    await asyncio.sleep(0)
+                except asyncio.CancelledError as error:
+                    cancelled = error
+                self.is_current = was_current and self._may_read.is_set()
+                until = clock() + _READ_SLICE_S
+            self._guarded(call, element)
+        if cancelled is not None:
+            raise cancelled
 
     def _guarded(self, call: Callable[..., None], *arguments: bytes) -> None:
         # One bad element, or a fault of ours, must not end the reader: everybody's events come through it.

@@ -12,6 +12,7 @@ from typing import Any
 
 from twisted.internet.protocol import Factory
 
+from channel_layer.turns import Turns
 from interface_server.access_log import AccessLog
 from interface_server.connections import Connections
 from interface_server.deadlines import Deadlines
@@ -21,7 +22,6 @@ from interface_server.protocol.proxy_headers import ProxyHeaders
 from interface_server.protocol.request_reader import ReaderLimits
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.settings import InterfaceSettings
-from interface_server.turns import Turns
 from interface_server.websocket import WebSockets
 
 __all__ = ["HttpFactory", "HttpStatistics"]

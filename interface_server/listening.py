@@ -75,16 +75,16 @@ def adopt(reactor: Any, listening: socket.socket, factory: Any) -> Any:
     As adoptStreamPort of its reactors, but that listens again, for 50 connections, and opens a unix socket to
     everybody (666), whatever whoever made the socket wanted.
     """
-    from twisted.internet import tcp, unix
+    from interface_server.ports import TcpPort, UnixPort
 
     port: Any
     if listening.family == socket.AF_UNIX:
-        port = unix.Port._fromListeningDescriptor(reactor, listening.fileno(), factory)  # type: ignore[no-untyped-call]
+        port = UnixPort._fromListeningDescriptor(reactor, listening.fileno(), factory)  # type: ignore[no-untyped-call]
         path = listening.getsockname()
         if isinstance(path, str) and path:
             port.mode = stat.S_IMODE(os.stat(path).st_mode)
     else:
-        port = tcp.Port._fromListeningDescriptor(reactor, listening.fileno(), listening.family, factory)  # type: ignore[no-untyped-call]
+        port = TcpPort._fromListeningDescriptor(reactor, listening.fileno(), listening.family, factory)  # type: ignore[no-untyped-call]
     port._preexistingSocket = _Listening(fileno=port._preexistingSocket.detach())
     port.startListening()
     return port

@@ -26,12 +26,12 @@ from channel_layer.encryption import Cipher, read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName
 from channel_layer.process_layer import RedisProcessLayer
 from channel_layer.process_life import ProcessLife, StatusPipe, WrongInput, fail, find_release, unless
+from channel_layer.turns import Turns
 from interface_server import event_loop
 from interface_server.access_log import AccessLog
 from interface_server.connections import Connections, ConnectionsStatistics
 from interface_server.listening import Listener, adopt, describe, describe_all, open_listeners
 from interface_server.settings import InterfaceSettings
-from interface_server.turns import Turns
 
 if TYPE_CHECKING:
     from interface_server.tls import TlsContext
@@ -254,7 +254,7 @@ class InterfaceServer:
         timeout_s = self._settings.drain_timeout_s if drain_timeout_s is None else drain_timeout_s
         ports, self._ports = self._ports, []
         for port in ports:
-            port.doRead()  # those whom the kernel has accepted for us would be reset
+            port.accept_all()  # those whom the kernel has accepted for us would be reset
             await port.stopListening().asFuture(self._loop)
         self._http1.stop()
         self.connections.stop()

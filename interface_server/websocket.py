@@ -16,6 +16,7 @@ from random import random
 from typing import TYPE_CHECKING, Any, Final
 
 from channel_layer.frames import Outcome
+from channel_layer.turns import Turns
 from interface_server.client import Connection, Refusal
 from interface_server.frame_reader import FrameReader
 from interface_server.protocol.http2_websocket import Http2Answers, read_extended_connect
@@ -37,7 +38,6 @@ from interface_server.protocol.websocket_session import (
     Write,
 )
 from interface_server.transports import buffered_bytes, unsent_bytes
-from interface_server.turns import Turns
 
 if TYPE_CHECKING:
     from interface_server.access_log import AccessLog

@@ -36,6 +36,7 @@ import math
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from types import CodeType
 from typing import Any, Final, Protocol, TypeGuard, cast
 
@@ -56,12 +57,13 @@ from channel_layer.frames import (
     build_state,
 )
 from channel_layer.openings import NO_BODY, NO_BODY_ENCODED, SAFE_METHODS, Opening
+from channel_layer.turns import Turns
 from worker.application import Application, Scope
 from worker.events import Checkpoint, ClientDisconnected, HttpEvents, SentEvents, State, WebSocketEvents
 from worker.moving import REQUEST, Moving
 from worker.own_events import OwnEvents
 
-__all__ = ["Instance", "InstanceStatistics", "Link", "Phase", "describe_wait"]
+__all__ = ["TURN_EVENTS_MAX", "Instance", "InstanceStatistics", "Link", "Phase", "describe_wait"]
 
 logger = logging.getLogger("trunkline.worker")
 
@@ -73,6 +75,11 @@ _HTTP_DISCONNECT: Final = {"type": "http.disconnect"}
 
 # Enough to see which line of the application called which library; a whole chain through middleware is a page.
 _WAIT_FRAMES_SHOWN: Final = 4
+
+# Events that receive() returns one after the other without the others having a turn: some 30 us each with what the
+# application does. A window holds 4096 of a client that floods us, and an application that never has to wait would
+# have the loop for all of them. Behind these it waits for a turn, as all others that have as much (turns.py).
+TURN_EVENTS_MAX: Final = 32
 
 # A longer response leaves as events, within the client's credit, which an ANSWER does not ask for.
 _ANSWER_BYTES_MAX: Final = 16 * 1024
@@ -152,6 +159,8 @@ class Instance:
         "_sent",
         "_task",
         "_tell_receiving",
+        "_turn_left",
+        "_turns",
         "_unsent",
         "_window_bytes",
         "connection",
@@ -175,8 +184,11 @@ class Instance:
         close_timeout_s: float,
         ended: Callable[[Instance], None],
         context: contextvars.Context | None = None,
+        turns: Turns | None = None,
     ) -> None:
-        """Raises FlowControlError or WireError if the first event of the opening is not one."""
+        """``turns``: of all instances of the worker. Raises FlowControlError or WireError if the first event of the
+        opening is not one.
+        """
         self.peer = opening.interface
         self.connection = opening.connection
         self.epoch = opening.epoch
@@ -226,6 +238,8 @@ class Instance:
         self._disconnect: dict[str, Any] | None = None  # the last event, from then on receive() returns copies of it
         self._receivers: list[asyncio.Future[None]] = []  # one for each receive() that waits
         self._tell_receiving = opening.tell_receiving
+        self._turns = Turns(loop.call_soon) if turns is None else turns
+        self._turn_left = TURN_EVENTS_MAX  # events that receive() may still return without waiting
 
         # Towards the client. ``_outgoing`` holds encoded events beyond the credit, one call's at most; further
         # calls of send() wait in ``_unsent``, one entry each: the application bounds them by awaiting.
@@ -527,6 +541,13 @@ class Instance:
                 # ASGI, "Disconnect": also when receive() is called after the response has been sent.
                 return {"type": "http.disconnect"}
             if self._arrived and not self._is_frozen:
+                if self._turn_left == 0:
+                    self._turn_left = TURN_EVENTS_MAX
+                    turn = self._loop.create_future()
+                    self._turns.wait(partial(_wake, turn))
+                    await turn
+                    continue
+                self._turn_left -= 1
                 event, cost_bytes = self._arrived.pop(0)
                 if cost_bytes:
                     self._received_count += 1
@@ -546,6 +567,7 @@ class Instance:
             self._release_start()
             if self._moving is not None:
                 self._freeze_if_still()
+            self._turn_left = TURN_EVENTS_MAX
             receiver = self._loop.create_future()
             self._receivers.append(receiver)
             try:
@@ -870,3 +892,8 @@ def describe_wait(task: asyncio.Task[Any]) -> str:
 def _first_attribute(value: object, *names: str) -> Any:
     """The first of these attributes that is there and not None: coroutines, generators and async ones differ."""
     return next((found for name in names if (found := getattr(value, name, None)) is not None), None)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -37,6 +37,7 @@ from channel_layer.link import GIVEN_UP_REASONS
 from channel_layer.openings import Opening, decode_opening
 from channel_layer.process_layer import RedisProcessLayer
 from channel_layer.process_life import INTERRUPTED, ProcessLife, StatusPipe, WrongInput, fail, find_release, unless
+from channel_layer.turns import Turns
 from worker.application import Application, build_application
 from worker.background import BackgroundChannel
 from worker.instance import CURRENT_INSTANCE, Instance, Phase
@@ -115,6 +116,7 @@ class WorkerProcess:
         self._loop = asyncio.get_running_loop()
         # Instances run in copies of this context, not in that of the task that happened to read their frame.
         self._context = contextvars.copy_context()
+        self._turns = Turns()  # of instances to which more has come than is received in one go
 
         # Each connection we claimed: by interface server, then by connection and epoch.
         self._peers: dict[str, dict[tuple[int, int], Instance]] = {}
@@ -448,6 +450,7 @@ class WorkerProcess:
                 close_timeout_s=self._settings.close_timeout_s,
                 ended=self._instance_ended,
                 context=self._context,
+                turns=self._turns,
             )
         except (WireError, FlowControlError) as error:
             # Its interface server will miss a claim, and refuse the client after --queue-timeout.

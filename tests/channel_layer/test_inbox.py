@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -326,6 +327,73 @@ async def test_a_full_read_means_that_more_may_wait(broker_server: BrokerServer)
     async with asyncio.timeout(PATIENCE_S):
         await reader.stop()
     await broker.close()
+
+
+class Elements:
+    """A reader whose first read brings all of ``elements``; the next one waits for ever."""
+
+    restored_count = 0
+
+    def __init__(self, key: str, elements: list[bytes]) -> None:
+        self.reads: list[tuple[str, list[bytes]]] = [(key, elements)]
+
+    async def pop(self, keys: Sequence[str], count: int) -> tuple[str, list[bytes]] | None:
+        if self.reads:
+            return self.reads.pop()
+        await asyncio.Event().wait()
+        return None
+
+    async def close(self) -> None:
+        pass
+
+
+class Slow:
+    """Elements that take half a millisecond each, on a clock of their own."""
+
+    def __init__(self, key: str, count: int) -> None:
+        self.now = 0.0
+        self.taken: list[bytes] = []
+        self.elements = [b"%d" % number for number in range(count)]
+        scripted: Any = Elements(key, self.elements)
+        self.reader = InboxReader(
+            scripted,
+            link_key="link",
+            mail_key="mail",
+            blob_received=self.take,
+            letter_received=self.take,
+            reader_restored=lambda: None,
+            clock=lambda: self.now,
+        )
+
+    def take(self, data: bytes) -> None:
+        self.now += 0.0005
+        self.taken.append(data)
+
+
+@pytest.mark.parametrize("key", ["link", "mail"])
+async def test_a_large_read_is_handled_in_slices(key: str) -> None:
+    """A flood's frames are read from the same list as all others; sockets are read between its slices."""
+    slow = Slow(key, 20)
+    slow.reader.start()
+    counts = []
+    while len(slow.taken) < 20:
+        await asyncio.sleep(0)
+        counts.append(len(slow.taken))
+        assert slow.reader.is_current == (len(slow.taken) in (0, 20))  # who is not heard yet must not be found dead
+    assert counts[-1] == 20
+    assert max(after - before for before, after in pairwise([0, *counts])) == 2
+    assert slow.taken == slow.elements
+    await slow.reader.stop()
+
+
+@pytest.mark.parametrize("key", ["link", "mail"])
+async def test_a_stop_between_two_slices_loses_nothing(key: str) -> None:
+    slow = Slow(key, 20)
+    slow.reader.start()
+    await asyncio.sleep(0)
+    assert 0 < len(slow.taken) < 20
+    await slow.reader.stop()
+    assert slow.taken == slow.elements
 
 
 async def test_a_held_inbox_leaves_what_comes_in_the_broker(broker_server):

@@ -20,6 +20,7 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from channel_layer.frames import Outcome
+from channel_layer.turns import Turns
 from interface_server.access_log import AccessLog
 from interface_server.client import Refusal
 from interface_server.deadlines import Deadlines
@@ -29,7 +30,6 @@ from interface_server.http_factory import HttpFactory
 from interface_server.protocol.chunked_body import TURN_CHUNKS_MAX
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.settings import InterfaceSettings
-from interface_server.turns import Turns
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"

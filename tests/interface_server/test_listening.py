@@ -6,10 +6,11 @@ import stat
 import sys
 
 import pytest
-from twisted.internet.protocol import Factory
+from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactor
 
 from interface_server.listening import activated_descriptor, adopt, describe, open_listeners, open_listening_socket
+from interface_server.ports import TURN_ACCEPTS_MAX
 from interface_server.settings import InterfaceSettings
 
 
@@ -137,3 +138,29 @@ def test_twisted_leaves_a_socket_as_it_is(tmp_path, mode):
         assert path.stat().st_mode & 0o777 == mode
         for port in ports:
             port.socket.close()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_few_are_accepted_in_a_turn_and_all_at_the_end(kind, tmp_path):
+    """The others wait in the kernel, while what all clients send is read."""
+
+    class Accepted(Protocol):
+        def connectionMade(self):
+            accepted.append(self.transport)
+
+    accepted = []
+    factory = Factory.forProtocol(Accepted)
+    factory.noisy = False
+    settings = {"uds": str(tmp_path / "socket")} if kind == "unix" else {"port": 0}
+    with listen(**settings) as listening:
+        port = adopt(MemoryReactor(), listening, factory)
+        clients = [socket.socket(listening.family) for _ in range(5 * TURN_ACCEPTS_MAX)]
+        for client in clients:
+            client.connect(listening.getsockname())
+        for turn in (1, 2, 3):
+            port.doRead()
+            assert len(accepted) == turn * TURN_ACCEPTS_MAX
+        port.accept_all()
+        assert len(accepted) == len(clients)
+        for each in (*clients, *(transport.socket for transport in accepted), port.socket):
+            each.close()

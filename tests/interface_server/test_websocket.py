@@ -14,6 +14,7 @@ from websockets.asyncio.client import connect
 
 from channel_layer.codec import decode_event, encode_event, encode_message
 from channel_layer.frames import FrameKind, Outcome, build_claim, build_credit, build_event
+from channel_layer.turns import Turns
 from interface_server.access_log import AccessLog
 from interface_server.broadcast import Broadcast
 from interface_server.client import Refusal
@@ -24,7 +25,6 @@ from interface_server.http_factory import HttpFactory
 from interface_server.protocol.server_headers import ServerHeaders
 from interface_server.protocol.websocket_frames import PING, PONG, TEXT, build_close, build_frame
 from interface_server.protocol.websocket_session import State
-from interface_server.turns import Turns
 from interface_server.websocket import WebSockets
 from tests.interface_server.test_connections import FakeLayer
 from tests.interface_server.websocket_helpers import (

@@ -425,6 +425,11 @@ def test_a_flood_of_pipelined_requests(served, neighbours):
     assert answers.count(b"HTTP/1.1 200 ") == 2000
 
 
+def test_clients_that_leave_at_once(served, neighbours):
+    for _ in range(3000):
+        open_socket(served, HEAD + b"\r\n").close()
+
+
 def test_a_flood_of_chunks(served, neighbours):
     with open_socket(served, b"POST /upload HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n") as client:
         answer = blast(client, b"1\r\nx\r\n" * 10_000 + b"0\r\n\r\n", 1)

@@ -13,6 +13,7 @@ import pytest
 from channel_layer.codec import encode_event
 from channel_layer.connection import FlowControlError
 from channel_layer.frames import FrameKind, Outcome
+from channel_layer.turns import Turns
 from tests.worker.support import (
     FakeInterface,
     FakeLink,
@@ -22,7 +23,7 @@ from tests.worker.support import (
     websocket_scope,
 )
 from worker.events import ClientDisconnected, InvalidEvent, State
-from worker.instance import Instance, Phase
+from worker.instance import TURN_EVENTS_MAX, Instance, Phase
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 REQUEST = {"type": "http.request", "body": b"", "more_body": False}
@@ -45,6 +46,7 @@ class Bench:
         *,
         close_timeout_s: float = 10.0,
         started: bool = True,
+        turns: Turns | None = None,
         **opening: Any,
     ) -> None:
         self.link = FakeLink()
@@ -61,6 +63,7 @@ class Bench:
             loop=asyncio.get_running_loop(),
             close_timeout_s=close_timeout_s,
             ended=self._instance_ended,
+            turns=turns,
         )
         if opening.get("first") is not None:
             self.interface.event(opening["first"])  # counted there, carried by the opening
@@ -1076,4 +1079,85 @@ async def test_an_answer_to_an_interface_server_that_is_gone_goes_nowhere() -> N
     bench.instance.refused("the interface server is gone")
     await turns()
     assert bench.link.take() == []
+    assert bench.ended == [bench.instance]
+
+
+# The others of the worker
+
+
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "websocket.accept"})
+    while (event := await receive())["type"] == "websocket.receive":
+        await send({"type": "websocket.send", "text": event["text"]})
+
+
+def sends_of(bench: Bench) -> int:
+    return sum(frame[0] == FrameKind.EVENT for frame in bench.link.take())
+
+
+async def test_a_flood_of_events_leaves_the_others_their_turns() -> None:
+    """Nothing makes an application wait whose events are here already: it would have the loop for all of them."""
+    shared = Turns()
+    floods = [Bench(echo, websocket_scope(), first=CONNECT, turns=shared) for _ in range(3)]
+    await turns()
+    assert [sends_of(flood) for flood in floods] == [1, 1, 1]
+    for flood in floods:
+        for _ in range(10 * TURN_EVENTS_MAX):
+            flood.event({"type": "websocket.receive", "text": "x"})
+    await asyncio.sleep(0)  # each has the rest of a first turn
+    assert all(0 < sends_of(flood) <= TURN_EVENTS_MAX for flood in floods)
+    left = [flood.instance.statistics().arrived_count for flood in floods]
+    while any(left):
+        await asyncio.sleep(0)
+        now = [flood.instance.statistics().arrived_count for flood in floods]
+        went_on = [before - after for before, after in zip(left, now, strict=True)]
+        assert sum(went_on) <= TURN_EVENTS_MAX
+        assert sum(count > 0 for count in went_on) <= 1
+        left = now
+    assert [sends_of(flood) > 0 for flood in floods] == [True] * 3
+
+
+async def test_who_waits_for_each_event_never_waits_for_a_turn() -> None:
+    shared = Turns(lambda call: pytest.fail("nobody floods"))
+    bench = Bench(echo, websocket_scope(), first=CONNECT, turns=shared)
+    for _ in range(3 * TURN_EVENTS_MAX):
+        await turns(3)
+        bench.event({"type": "websocket.receive", "text": "x"})
+
+
+async def test_a_receive_that_is_cancelled_at_its_turn_leaves_the_event() -> None:
+    got: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await begin.wait()
+        for _ in range(TURN_EVENTS_MAX + 5):
+            call = asyncio.ensure_future(receive())
+            await asyncio.sleep(0)
+            if not call.done():
+                call.cancel()
+                call = asyncio.ensure_future(receive())
+            got.append((await call)["text"])
+
+    begin = asyncio.Event()
+    bench = Bench(application, websocket_scope(), first=CONNECT)
+    await turns()
+    for number in range(TURN_EVENTS_MAX + 5):
+        bench.event({"type": "websocket.receive", "text": str(number)})
+    begin.set()
+    await turns(4 * TURN_EVENTS_MAX)
+    assert got == [str(number) for number in range(TURN_EVENTS_MAX + 5)]
+
+
+async def test_the_end_comes_between_two_turns() -> None:
+    bench = Bench(echo, websocket_scope(), first=CONNECT)
+    await turns()
+    for _ in range(3 * TURN_EVENTS_MAX):
+        bench.event({"type": "websocket.receive", "text": "x"})
+    await asyncio.sleep(0)
+    assert bench.instance.statistics().arrived_count > 0
+    bench.instance.refused("the link is over")
+    await turns()
     assert bench.ended == [bench.instance]

@@ -1,12 +1,14 @@
-"""Whose turn it is among clients that have sent more than is read in one go. No I/O, no clock.
+"""Whose turn it is among those who have more to do than is done in one go. No I/O, no clock.
 
 One read of a socket may hold 10,922 pings or chunks of a byte, and whoever reads it to its end has the loop for 10 ms
 and longer, while everybody else waits. So each reader stops behind some of them (``TURN_FRAMES_MAX`` of
-frame_reader.py, ``TURN_CHUNKS_MAX`` of chunked_body.py), pauses its transport and asks here for another turn.
+frame_reader.py, ``TURN_CHUNKS_MAX`` of chunked_body.py), pauses its transport and asks here for another turn. In a
+worker an application instance does, behind some events that had come before it asked (``TURN_EVENTS_MAX`` of
+instance.py).
 
-In a turn of the loop **one** client goes on, however many wait, then all sockets are looked at again: a thousand
+In a turn of the loop **one** of them goes on, however many wait, then all sockets are looked at again: a thousand
 floods hold up what their neighbours send as little as one does, and share what is left of the loop among themselves.
-A client that sends little never comes here: it is read at once.
+Who has little to do never comes here: it is done at once.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ from typing import Any, Final
 
 __all__ = ["Turns"]
 
-_LOGGER: Final = logging.getLogger("trunkline.interface")
+_LOGGER: Final = logging.getLogger("trunkline.channel_layer")
 
 
 class Turns:
-    """One for all clients of a process, WebSockets and others."""
+    """One for a process."""
 
     __slots__ = ("_call_soon", "_is_called", "_waiting")
 
     def __init__(self, call_soon: Callable[[Callable[[], None]], Any] | None = None) -> None:
         """``call_soon``: of the loop that runs; None: asyncio's."""
         self._call_soon = call_soon
-        # Bounded by the sockets: a client waits here once at most, and its transport is paused meanwhile.
+        # Bounded by the sockets, or the instances: each waits here once at most, and nothing more comes from a paused
+        # socket meanwhile.
         self._waiting: deque[Callable[[], None]] = deque()
         self._is_called = False  # the loop will call _next, or does
 
@@ -57,8 +60,8 @@ class Turns:
         try:
             self._waiting.popleft()()
         except Exception:
-            # One client's affair; the others wait behind it.
-            _LOGGER.exception("a client could not go on")
+            # This one's affair; the others wait behind it.
+            _LOGGER.exception("what waited for its turn failed")
         if self._waiting:
             self._call()
         else:

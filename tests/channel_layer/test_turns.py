@@ -3,7 +3,7 @@
 import asyncio
 import logging
 
-from interface_server.turns import Turns
+from channel_layer.turns import Turns
 
 
 class Loop:
@@ -63,7 +63,7 @@ def test_a_client_that_fails_costs_the_others_nothing(caplog):
     turns = Turns(lambda call: loop.calls.append(call))
     turns.wait(lambda: 1 / 0)
     Flood("a", turns, served, 1)
-    with caplog.at_level(logging.ERROR, "trunkline.interface"):
+    with caplog.at_level(logging.ERROR, "trunkline.channel_layer"):
         loop.run_turn()
         loop.run_turn()
     assert served == ["a"]
