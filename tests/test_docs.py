@@ -240,6 +240,17 @@ def test_the_settings_know_the_default(option):
     assert ROWS[option.flag][2].strip() == shown
 
 
+def test_the_variables_of_compose_stand_in_the_page_on_deployment():
+    compose, page = (
+        (ROOT / "docker-compose.yml").read_text("utf-8"),
+        (ROOT / "docs" / "deployment.md").read_text("utf-8"),
+    )
+    variables = set(re.findall(r"\$\{(\w+):-([^}]*)\}", compose))
+    assert variables
+    for name, default in variables:
+        assert f"| `{name}` | {default} |" in page
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_map_has_every_file(package):
     mapped = set(quoted(SOURCE_MAP))
