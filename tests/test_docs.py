@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from interface_server.client import Refusal
 from interface_server.settings import InterfaceSettings
 from trunkline.options import OPTIONS, build_parser, parse
 from worker.settings import WorkerSettings
@@ -302,6 +303,12 @@ def test_the_limits_of_flow_control_are_those_of_the_source(constant, limit):
     if shown:  # else the row says "no limit", "as above", "the same window"
         values = values_of(constant)
         assert values & shown or not values, f"{constant} is {values}, docs/flow_control.md says {limit}"
+
+
+@pytest.mark.parametrize("refusal", Refusal, ids=lambda refusal: refusal.name)
+def test_troubleshooting_has_every_refusal(refusal):
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    assert f"| {refusal.status} | {refusal.close_code} | {refusal.reason} |" in page
 
 
 FAILURES = [
