@@ -11,13 +11,16 @@ import socket
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import httpx
-from websockets.sync.client import connect
+from websockets.sync.client import connect as connect_websocket
 
 from tests.servers import free_port
 from tests.system.processes import ROOT, Command, Served, wait_until
 
+# A busy machine may take its time to accept; what is tested here is what is said.
+connect = partial(connect_websocket, open_timeout=60)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -102,6 +105,7 @@ def test_background_work(tmp_path):
             "worker", "work:application", "--redis", served.redis_url, "--channel", "thumbnails", cwd=tmp_path
         ) as worker,
     ):
+        worker.wait_for("runs work:application")
         run_script(script("docs/groups.md", "thumbnails"), served.redis_url)
         worker.wait_for("thumbnail 7 from thumbnails")
 
@@ -114,17 +118,20 @@ def test_a_protocol_of_one_s_own(tmp_path):
     (tmp_path / "shout.py").write_text(program("docs/own_protocols.md", "shout.py"))
     with (
         Served("examples.hello:application") as served,
-        Command("worker", "shout:application", "--redis", served.redis_url, "--protocol", "tcp", cwd=tmp_path),
+        Command(
+            "worker", "shout:application", "--redis", served.redis_url, "--protocol", "tcp", cwd=tmp_path
+        ) as worker,
     ):
+        worker.wait_for("runs shout:application")
         server = subprocess.Popen([sys.executable, str(tmp_path / "lines.py"), served.redis_url], cwd=ROOT)
         try:
-            wait_until(lambda: answers(port), 30, "the server listens")
+            wait_until(lambda: answers(port), 60, "the server listens")
             with socket.create_connection(("127.0.0.1", port), timeout=60) as client, client.makefile("rb") as answer:
                 client.sendall(b"hello\n")
                 assert answer.readline() == b"HELLO\n"
         finally:
             server.terminate()
-            assert server.wait(30) == 0
+            assert server.wait(60) == 0
 
 
 def answers(port):
