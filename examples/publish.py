@@ -16,9 +16,13 @@ def main(argv):
         print("usage: publish.py ROOM TEXT", file=sys.stderr)
         return 2
     room, text = argv[1:]
-    with Publisher() as publisher:
-        line = json.dumps({"kind": "said", "id": "publish.py", "name": "publish.py", "text": text})
-        publisher.group_send(f"chat.{room}", {"type": "websocket.send", "text": line})
+    line = json.dumps({"kind": "said", "id": "publish.py", "name": "publish.py", "text": text})
+    try:
+        with Publisher() as publisher:
+            publisher.group_send(f"chat.{room}", {"type": "websocket.send", "text": line})
+    except (RuntimeError, ConnectionError, ValueError) as error:  # no address, no broker there, not an address
+        print(f"publish.py: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

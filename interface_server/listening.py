@@ -218,7 +218,11 @@ def _open(settings: InterfaceSettings) -> socket.socket:
 
 def _open_unix(path: str, backlog: int, mode: int) -> socket.socket:
     """A socket nobody listens on any more is replaced; any other file is left alone."""
-    if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
+    is_there = os.path.lexists(path)
+    if is_there and not (os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)):
+        kind = "a directory" if os.path.isdir(path) else "a file that is no socket"
+        raise OSError(f"{kind} of that name is there already; it is left alone")
+    if is_there:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
                 probe.connect(path)

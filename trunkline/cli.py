@@ -18,18 +18,29 @@ import faulthandler
 import importlib.metadata
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from channel_layer.process_life import STATUS_VARIABLE
 from trunkline.broker import EmbeddedBroker, find_server
 from trunkline.health import ask
 from trunkline.lifeline import hold_lifeline
 from trunkline.logs import configure_logging
-from trunkline.options import OPTIONS, UsageError, build_parser, load_env_file, parse, render_flags, render_secrets
+from trunkline.options import (
+    OPTIONS,
+    UsageError,
+    build_parser,
+    find_unknown_variables,
+    load_env_file,
+    parse,
+    render_flags,
+    render_secrets,
+)
 from trunkline.reload import SourceWatch
 from trunkline.supervisor import ProcessSpec, Role, Supervisor
 
@@ -57,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             load_env_file(options.env_file)
         configure_logging(options.log_level, options.log_config)
         _write_stacks_when_aborted()
+        if STATUS_VARIABLE not in os.environ:  # else our supervisor has said it
+            for line in find_unknown_variables(os.environ):
+                logger.warning("%s", line)
         with _own_packages_first():
             # Here, not at the top: an application's directory may hold a worker.py, and ours must be the
             # one that is imported. From here on nothing imports these packages by name again.
@@ -151,7 +165,16 @@ def _checked(settings_class: type[Settings], values: dict[str, Any]) -> Settings
     try:
         return settings_class(**values)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_with_flags(str(error))) from error
+
+
+def _with_flags(text: str) -> str:
+    """What a settings class says of its fields, in the words of the command line."""
+    for option in OPTIONS:
+        # Short names are words, too: they are fields where a text begins with them.
+        pattern = rf"\b{option.setting}\b" if "_" in option.setting else rf"^{option.setting}(?= is |s? are |: )"
+        text = re.sub(pattern, f"--{option.flag}", text)
+    return text
 
 
 def _redis_url(options: argparse.Namespace) -> str:
@@ -171,6 +194,8 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
     from interface_server.listening import describe_all, open_listeners
 
     # What is wrong with the input is said here, once, before every process says it.
+    if options.command != "interface":
+        _check_application(options)
     program = None
     if options.command == "serve" and options.redis is None:
         program = find_server()
@@ -190,6 +215,7 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
                 stack.enter_context(listener.socket)
                 if listener.path is not None:
                     stack.callback(Path(listener.path).unlink, missing_ok=True)
+            _check_certificates(_interface_settings(options), listeners)
         if options.command == "serve" and options.reload:
             watch = SourceWatch(options.reload_dir or (options.app_dir or ".",))
         # An application's own subprocesses and scripts find the broker, too.
@@ -268,6 +294,30 @@ def _process_specs(options: argparse.Namespace, listeners: Sequence[Listener]) -
             for n in range(1, (options.workers or 1) + 1)
         ]
     return specs
+
+
+def _check_application(options: argparse.Namespace) -> None:
+    """Raises UsageError for what is wrong for certain with APP; it is imported by the workers only."""
+    from worker.loading import ApplicationError, check_reference
+
+    _worker_settings(argparse.Namespace(**{**vars(options), "redis": options.redis or "redis://embedded"}))
+    try:
+        check_reference(options.app, options.app_dir)
+    except ApplicationError as error:
+        raise UsageError(str(error)) from error
+
+
+def _check_certificates(settings: InterfaceSettings, listeners: Sequence[Listener]) -> None:
+    if any(listener.is_tls for listener in listeners):
+        from interface_server.tls import TlsContext, TlsSettingsError
+
+        for listener in listeners:
+            if listener.is_tls:
+                own = replace(settings, ssl_certfile=listener.certfile, ssl_keyfile=listener.keyfile)
+                try:
+                    TlsContext(own, alpn=())
+                except TlsSettingsError as error:
+                    raise UsageError(str(error)) from error
 
 
 def _check_broker(url: str) -> None:

@@ -12,6 +12,8 @@ To add a flag: a row in ``OPTIONS``, a field in the settings class it fills (``f
 from __future__ import annotations
 
 import argparse
+import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +26,16 @@ from channel_layer.errors import InvalidName
 from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS
 from channel_layer.names import Keys
 
-__all__ = ["OPTIONS", "Option", "UsageError", "build_parser", "parse", "render_flags", "render_secrets"]
+__all__ = [
+    "OPTIONS",
+    "Option",
+    "UsageError",
+    "build_parser",
+    "find_unknown_variables",
+    "parse",
+    "render_flags",
+    "render_secrets",
+]
 
 Command = str
 SERVE: Final = "serve"
@@ -135,6 +146,12 @@ def _prefix(text: str) -> str:
         raise ValueError("ASCII letters, digits, '.', ':', '-' and '_' are expected") from None
 
 
+def _mode(text: str) -> str:
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise ValueError("three octal digits are expected, such as 660")
+    return text
+
+
 def _encryption_key(text: str) -> str:
     if not text.strip():  # an unset variable of a shell, say; nobody shall believe that it is encrypted
         raise ValueError("a key, or @FILE, is expected")
@@ -195,6 +212,7 @@ OPTIONS: Final[tuple[Option, ...]] = (
     Option(
         flag="uds-permissions",
         commands=SOCKETS,
+        convert=_mode,
         metavar="MODE",
         help="mode of the unix socket, octal (666)",
     ),
@@ -688,11 +706,50 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping
         raise UsageError("trunkline serve: --reload-dir is given, and --reload is not")
     if options.command in SOCKETS and options.fd is not None and options.uds is not None:
         raise UsageError(f"trunkline {options.command}: --fd and --uds are given, one of them is expected")
+    if options.command in SOCKETS:
+        _check_sockets(options)
+    if options.command == WORKER and options.channel is not None and options.protocol is not None:
+        raise UsageError(
+            "trunkline worker: --channel and --protocol are given: a worker for background work takes no connections"
+        )
     if options.command in APPLICATION:
         options.app = options.app or environ.get("TRUNKLINE_APP")
         if not options.app:
             raise UsageError(f"trunkline {options.command}: APP is expected, for example main:app (or TRUNKLINE_APP)")
     return options
+
+
+def _check_sockets(options: argparse.Namespace) -> None:
+    endpoints = options.endpoint or ()
+    if (
+        options.uds_permissions is not None
+        and options.uds is None
+        and not any(endpoint.startswith("unix:") for endpoint in endpoints)
+    ):
+        raise UsageError(f"trunkline {options.command}: --uds-permissions is given, and --uds is not")
+    for item in (part.strip() for part in (options.forwarded_allow_ips or "*").split(",")):
+        # What stands for a unix socket is its path, as it was given.
+        if item in ("", "*", options.uds) or item.startswith("/") or any(item in endpoint for endpoint in endpoints):
+            continue
+        try:
+            ipaddress.ip_network(item)
+        except ValueError as error:
+            raise UsageError(
+                f"--forwarded-allow-ips: {item!r} is not valid: addresses, networks such as 10.0.0.0/8, paths of "
+                f"unix sockets, or * are expected ({error})"
+            ) from error
+
+
+def find_unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """A line for each variable that looks like one of ours, and is none."""
+    known = {option.environment_variable for option in OPTIONS} | {"TRUNKLINE_APP"}
+    lines = []
+    for name in sorted(environ):
+        if name.startswith("TRUNKLINE_") and name not in known:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
+            hint = f", did you mean {nearest[0]}?" if nearest else ""
+            lines.append(f"the environment variable {name} means nothing to this release{hint}")
+    return lines
 
 
 def _split(option: Option, text: str) -> str | list[str]:

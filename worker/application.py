@@ -50,6 +50,16 @@ def build_application(
             f"{candidate!r:.80} takes two arguments, as WSGI applications do (environ, start_response): "
             "serve it with --interface wsgi"
         )
+    if interface == "asgi2" and (_is_async(candidate) or (_takes(candidate, 3) and not _takes(candidate, 1))):
+        raise InterfaceMismatch(
+            f"--interface asgi2, but {candidate!r:.80} cannot be called with (scope): it looks like an ASGI 3 "
+            "application, for which --interface is not needed"
+        )
+    if interface == "asgi3" and _takes(candidate, 1) and not _takes(candidate, 3):
+        raise InterfaceMismatch(
+            f"--interface asgi3, but {candidate!r:.80} cannot be called with (scope, receive, send): it looks like "
+            "an ASGI 2 application, for which --interface is not needed"
+        )
     if interface == "auto":
         interface = "asgi2" if is_double_callable(candidate) else "asgi3"  # type: ignore[no-untyped-call]
     return _from_double(candidate) if interface == "asgi2" else _single(candidate)

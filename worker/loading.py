@@ -10,6 +10,7 @@ Only finding and importing happens here; what kind of application the object is,
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import importlib.machinery
@@ -18,6 +19,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Final
@@ -30,6 +32,7 @@ __all__ = [
     "NameClash",
     "NoSuchAttribute",
     "NoSuchModule",
+    "check_reference",
     "load_application",
     "prepare_import",
 ]
@@ -38,6 +41,9 @@ __all__ = [
 # itself (channel_layer) or that the process still runs in (trunkline).
 _YIELDING: Final = ("worker", "interface_server")
 _KEPT: Final = ("channel_layer", "trunkline")
+
+# With one of these a module may have attributes that its source does not show.
+_DYNAMIC: Final = {"*", "__getattr__", "globals", "locals", "vars", "exec", "eval", "setattr", "modules"}
 
 _REFERENCE: Final = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 
@@ -77,6 +83,63 @@ class ImportFailed(ApplicationError):
     def __init__(self, text: str, error: BaseException) -> None:
         super().__init__(text)
         self.details = _own_traceback(error)
+
+
+def check_reference(reference: str, app_dir: str | None = None) -> None:
+    """Raise ApplicationError where load_application() would for certain; nothing of the application is run for that.
+
+    A supervisor, which must not import it, can so tell a typing error before it starts anything.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise BadReference(f"the application {reference!r} is not of the form module:attribute{_hint(reference)}")
+    module_name, attribute_path = match.groups()
+    top, *inner = module_name.split(".")
+    directory = str(Path(app_dir if app_dir is not None else ".").resolve())
+    # PYTHONPATH may come from --env-file, for the processes to be started.
+    spec = importlib.machinery.PathFinder.find_spec(
+        top, [directory, *os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path]
+    )
+    if spec is None:
+        finders = [finder.find_spec for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        if not any(find(top, None) is not None for find in finders):
+            raise NoSuchModule(_no_module(top, module_name, f"{directory!r} and on Python's path"))
+        return
+    name = top
+    for part in inner:
+        name = f"{name}.{part}"
+        spec = importlib.machinery.PathFinder.find_spec(name, spec.submodule_search_locations or [])
+        if spec is None:
+            return  # a package may have other ways to have modules: whoever imports it will know
+    if spec.origin is None or not spec.origin.endswith(".py") or spec.submodule_search_locations is not None:
+        return
+    try:
+        names = _names_in(ast.parse(Path(spec.origin).read_bytes()))
+    except (OSError, SyntaxError, ValueError):
+        return
+    attribute = attribute_path.partition(".")[0]
+    if not (attribute.startswith("__") or attribute in names or names & _DYNAMIC):
+        raise NoSuchAttribute(f"{module_name!r} has no attribute {attribute!r}{_similar(attribute, names)}")
+
+
+def _names_in(tree: ast.Module) -> set[str]:
+    """All names that the source assigns, defines, imports or uses anywhere."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(
+            node,
+            ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler | ast.MatchAs | ast.MatchStar,
+        ):
+            names.add(node.name or "")
+        elif isinstance(node, ast.MatchMapping):
+            names.add(node.rest or "")
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+    return names
 
 
 def prepare_import(app_dir: str | None = None) -> str:
@@ -120,7 +183,7 @@ def load_application(reference: str, *, factory: bool = False) -> Any:
     place = module_name
     for name in attribute_path.split("."):
         if not hasattr(application, name):
-            raise NoSuchAttribute(f"{place!r} has no attribute {name!r}{_similar(name, application)}")
+            raise NoSuchAttribute(f"{place!r} has no attribute {name!r}{_similar(name, dir(application))}")
         application = getattr(application, name)
         place = f"{place}:{name}" if ":" not in place else f"{place}.{name}"
     if not callable(application):
@@ -146,8 +209,7 @@ def _import(name: str) -> ModuleType:
         # The same name may be missing in an import statement of the application: then its own frames are in the
         # traceback, and they are what the operator needs.
         if is_wanted and not _own_frames(error.__traceback__):
-            inside = "" if missing == name else f" for {name!r}"
-            raise NoSuchModule(f"no module named {missing!r}{inside}, looked for in {_looked_in()}") from error
+            raise NoSuchModule(_no_module(missing, name, _looked_in())) from error
         raise ImportFailed(f"importing {name!r} failed: {_summary(error)}", error) from error
     except Exception as error:
         raise ImportFailed(f"importing {name!r} failed: {_summary(error)}", error) from error
@@ -206,6 +268,11 @@ def _summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _no_module(missing: str | None, wanted: str, where: str) -> str:
+    inside = "" if missing == wanted else f" for {wanted!r}"
+    return f"no module named {missing!r}{inside}, looked for in {where}"
+
+
 def _looked_in() -> str:
     return f"{sys.path[0]!r} and on Python's path" if sys.path else "nothing: sys.path is empty"
 
@@ -227,8 +294,8 @@ def _hint(reference: str) -> str:
     return ""
 
 
-def _similar(name: str, owner: object) -> str:
-    public = [known for known in dir(owner) if not known.startswith("_")]
+def _similar(name: str, present: Iterable[str]) -> str:
+    public = sorted(known for known in present if not known.startswith("_"))
     matches = difflib.get_close_matches(name, public, n=3, cutoff=0.6)
     if not matches:
         # The usual names of applications, whatever was asked for.

@@ -96,9 +96,11 @@ def test_a_unix_socket_others_may_use_and_a_stale_one_is_replaced(tmp_path):
 def test_a_file_is_not_replaced_by_a_unix_socket(tmp_path):
     path = tmp_path / "precious"
     path.write_text("data")
-    with pytest.raises(OSError, match="cannot listen on"):
+    with pytest.raises(OSError, match=r"cannot listen on .*precious: a file that is no socket of that name is there"):
         listen(uds=str(path))
     assert path.read_text() == "data"
+    with pytest.raises(OSError, match=r"cannot listen on .*: a directory of that name is there already"):
+        listen(uds=str(tmp_path))
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("666", 0o666), ("0600", 0o600), ("660", 0o660)])

@@ -106,3 +106,14 @@ def read(client, kind, name):
         line = json.loads(client.recv(timeout=60))
         if (line["kind"], line["name"]) == (kind, name):
             return line
+
+
+def test_publish_without_a_broker_is_one_line():
+    environment = {name: value for name, value in os.environ.items() if name != "TRUNKLINE_REDIS"}
+    command = [sys.executable, str(ROOT / "examples" / "publish.py"), "lobby", "x"]
+    for variables, text in (({}, "set TRUNKLINE_REDIS"), ({"TRUNKLINE_REDIS": "redis://127.0.0.1:1"}, "127.0.0.1:1")):
+        ended = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1
+        (line,) = ended.stderr.splitlines()
+        assert line.startswith("publish.py: ")
+        assert text in line

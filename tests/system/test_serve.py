@@ -156,6 +156,21 @@ def test_wrong_input_is_one_line_and_a_status(argv, status, text):
         assert text in lines[0]
 
 
+@pytest.mark.parametrize("reference", ["examples.hello", "nosuchmodule:app", "examples.hello:applikation"])
+def test_a_reference_that_is_wrong_for_certain_is_told_before_anything_is_started(reference):
+    with Command("serve", reference, "--port", "0", "--workers", "2") as command:
+        assert command.wait_ended()[0] == 2
+        assert len(command.output.splitlines()) == 1
+
+
+def test_a_variable_that_means_nothing_is_told_once():
+    with Served("examples.hello:application", env={"TRUNKLINE_WORKER": "3"}) as served:
+        line = (
+            "the environment variable TRUNKLINE_WORKER means nothing to this release, did you mean TRUNKLINE_WORKERS?"
+        )
+        assert served.output.count(line) == 1
+
+
 def test_a_taken_port_is_one_line():
     with taken_port() as listening:
         port = listening.getsockname()[1]

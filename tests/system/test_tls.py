@@ -340,7 +340,7 @@ def test_wrong_files_are_one_line(authority, tmp_path):
         ),
         (
             ["--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-cert-reqs", "2"],
-            "ssl_ca_certs is to be given if, and only if, ssl_cert_reqs asks for client certificates",
+            "--ssl-ca-certs is to be given if, and only if, --ssl-cert-reqs asks for client certificates",
         ),
         (
             ["--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-cert-reqs", "perhaps"],
@@ -353,3 +353,4 @@ def test_wrong_files_are_one_line(authority, tmp_path):
         assert status == 2, (flags, output)
         assert line in output, (flags, output)
         assert "Traceback" not in output
+        assert "INFO" not in output, "nothing was started for it"

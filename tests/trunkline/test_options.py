@@ -2,7 +2,15 @@
 
 import pytest
 
-from trunkline.options import OPTIONS, UsageError, build_parser, parse, render_flags, render_secrets
+from trunkline.options import (
+    OPTIONS,
+    UsageError,
+    build_parser,
+    find_unknown_variables,
+    parse,
+    render_flags,
+    render_secrets,
+)
 
 
 def parsed(*argv, environ=None):
@@ -75,6 +83,21 @@ def test_variables_of_other_commands_are_not_looked_at():
         ),
         (["serve", "a:b", "--reload-dir", "/"], "--reload-dir is given, and --reload is not"),
         (["interface", "--fd", "3", "--uds", "/tmp/x"], "--fd and --uds are given, one of them is expected"),
+        (["interface", "--uds-permissions", "660"], "--uds-permissions is given, and --uds is not"),
+        (
+            ["interface", "--uds", "/tmp/x", "--uds-permissions", "rw"],
+            "--uds-permissions: 'rw' is not valid: three octal digits are expected",
+        ),
+        (
+            ["worker", "a:b", "--channel", "x", "--protocol", "tcp"],
+            "--channel and --protocol are given: a worker for background work takes no connections",
+        ),
+        (
+            ["interface", "--forwarded-allow-ips", "10.0.0.1/8"],
+            "--forwarded-allow-ips: '10.0.0.1/8' is not valid: addresses, networks such as 10.0.0.0/8",
+        ),
+        (["interface", "--forwarded-allow-ips", "::1,localhost"], "--forwarded-allow-ips: 'localhost' is not valid"),
+        (["interface", "--forwarded-allow-ips", "10.0.0.256"], "--forwarded-allow-ips: '10.0.0.256' is not valid"),
         (["serve", "a:b", "--work", "2"], "unrecognized arguments: --work"),
         (["serve", "a:b", "--log-level", "loud"], "one of critical, error"),
         (["serve", "a:b", "--app-dir", "/nowhere/at/all"], "--app-dir: '/nowhere/at/all' is not valid: no such dir"),
@@ -87,6 +110,33 @@ def test_wrong_input_is_one_line_that_names_the_value(argv, text):
         parsed(*argv)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--forwarded-allow-ips", "*"),
+        ("--forwarded-allow-ips", "127.0.0.1, ::1,10.0.0.0/8,fd00::/8,/run/app.sock,"),
+        ("--forwarded-allow-ips", "app.sock", "--uds", "app.sock", "--uds-permissions", "0660"),
+        ("--forwarded-allow-ips", "run/app.sock", "-e", "unix:run/app.sock", "--uds-permissions", "660"),
+    ],
+)
+def test_whom_to_believe_may_be_given_in_all_these_ways(flags):
+    assert parsed("interface", *flags).forwarded_allow_ips == flags[1]
+
+
+def test_unknown_variables_are_named_with_what_was_meant():
+    environ = {
+        "TRUNKLINE_WORKER": "4",
+        "TRUNKLINE_APP": "a:b",
+        "TRUNKLINE_REDIS": "x",
+        "TRUNKLINE_XYZZY": "",
+        "A": "",
+    }
+    assert find_unknown_variables(environ) == [
+        "the environment variable TRUNKLINE_WORKER means nothing to this release, did you mean TRUNKLINE_WORKERS?",
+        "the environment variable TRUNKLINE_XYZZY means nothing to this release",
+    ]
 
 
 def test_a_wrong_environment_variable_is_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import pytest
@@ -137,6 +138,16 @@ async def test_wsgi_is_called_as_asgi3(application: Any) -> None:
 def test_wsgi_that_nobody_announced_is_an_error_with_the_way_out(application: Any, interface: InterfaceStyle) -> None:
     with pytest.raises(InterfaceMismatch, match="serve it with --interface wsgi"):
         build_application(application, interface)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] == "auto"], ids=lambda case: case[0])
+def test_asgi_announced_as_the_other_one_is_an_error(case: Any) -> None:
+    other = "asgi2" if case[3] == "asgi3" else "asgi3"
+    if inspect.signature(case[1]).parameters.keys() == {"args", "kwargs"}:  # it tells nothing about itself
+        build_application(case[1], other)
+        return
+    with pytest.raises(InterfaceMismatch, match=f"--interface {other}, but .* it looks like an ASGI"):
+        build_application(case[1], other)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[0] != "marked as single"], ids=lambda case: case[0])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from worker.loading import ApplicationError, NoSuchAttribute, check_reference
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # What run() does, without the broker; then the application's answer.
@@ -234,3 +236,62 @@ def test_a_copy_of_ours_beside_the_installed_one_is_no_clash(tmp_path: Path) -> 
     copy.mkdir()
     (copy / "__init__.py").write_bytes((ROOT / "channel_layer" / "__init__.py").read_bytes())
     assert load(tmp_path, "main:app")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "reference", "text"),
+    [
+        ("", "nosuchmodule:app", "no module named 'nosuchmodule', looked for in"),
+        ("", "nosuchmodule.inner:app", "no module named 'nosuchmodule' for 'nosuchmodule.inner', looked for in"),
+        (
+            "application = 1",
+            "checked:applikation",
+            "'checked' has no attribute 'applikation', did you mean 'application'?",
+        ),
+        ("application = 1", "checked", "is not of the form module:attribute"),
+    ],
+)
+def test_what_is_wrong_for_certain_is_found_without_an_import(
+    tmp_path: Path, source: str, reference: str, text: str
+) -> None:
+    (tmp_path / "checked.py").write_text(source + "\nraise SystemExit('it was imported')\n")
+    with pytest.raises(ApplicationError) as caught:
+        check_reference(reference, str(tmp_path))
+    assert text in str(caught.value)
+    assert "checked" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "app = 1",
+        "def app(): ...",
+        "class app: ...",
+        "import os as app",
+        "from os import path as app",
+        "from os import *",
+        "globals()['ap' + 'p'] = 1",
+        "def __getattr__(name): ...",
+        "with open('x') as app: ...",
+        "for app in (): ...",
+        "if (app := 1): ...",
+        "match 1:\n    case app: ...",
+        "not Python at all (its import tells more)",
+    ],
+)
+def test_what_may_be_right_passes_the_check(tmp_path: Path, source: str) -> None:
+    (tmp_path / "checked.py").write_text(source)
+    check_reference("checked:app", str(tmp_path))
+    check_reference("checked:__doc__", str(tmp_path))
+
+
+def test_packages_may_have_what_their_source_does_not_show(tmp_path: Path) -> None:
+    package = tmp_path / "checkedpackage"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "inner.py").write_text("app = 1")
+    check_reference("checkedpackage:inner", str(tmp_path))
+    check_reference("checkedpackage.other:app", str(tmp_path))
+    check_reference("checkedpackage.inner:app", str(tmp_path))
+    with pytest.raises(NoSuchAttribute):
+        check_reference("checkedpackage.inner:application", str(tmp_path))
