@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any, Final, NoReturn
 
 import channel_layer
@@ -53,6 +54,10 @@ logger = logging.getLogger("trunkline.worker")
 # openings wait there are no idle workers, and each take costs it and the broker a wake-up.
 OPENINGS_AT_ONCE: Final = 8
 OPENINGS_AT_ONCE_MAX: Final = 32
+# An application that answers in its first turn has more taken at once although the last take was not full: twice as
+# many as it just answered so, and no more than it answers in this time, by which no idle worker would be sooner. One
+# request that waits or takes longer, and the next take is OPENINGS_AT_ONCE again.
+QUICK_TAKE_S: Final = 0.002
 # A claim that nobody answers is given up: the interface server may be gone, or the opening an old copy.
 GRANT_TIMEOUT_S: Final = 5.0
 # How long a take that failed at once is held back, so that a broker that refuses does not keep the loop busy.
@@ -139,6 +144,7 @@ class WorkerProcess:
         # thread saw here when it looked last (stalled_openings).
         self._beginning: Sequence[Instance] = ()
         self._seen_before: Sequence[Instance] = ()
+        self._quick_count = OPENINGS_AT_ONCE  # may be taken of HTTP: see QUICK_TAKE_S
 
         self._takers: list[asyncio.Task[None]] = []
         self._background: list[BackgroundChannel] = []  # one for each channel that is not of connections
@@ -381,6 +387,8 @@ class WorkerProcess:
                 await room.wait()
                 continue
             await self._reachable.wait()
+            if protocol == "http":
+                wanted = max(wanted, self._quick_count)
             try:
                 taken = await self._layer.take_openings(channel, min(wanted, free))
             except BrokerUnavailable as error:
@@ -393,24 +401,33 @@ class WorkerProcess:
     def _open_all(self, protocol: str, taken: list[bytes]) -> None:
         # Not in _take: there its last instances would stay, as variables, until the next ones come.
         opened = [instance for data in taken if (instance := self._open(protocol, data)) is not None]
-        started = []
+        is_any_started = False
         for instance in opened:
             if instance.is_safe:
                 instance.start()
-                started.append(instance)
+                is_any_started = True
             else:
                 self._unanswered[instance] = self._loop.time() + GRANT_TIMEOUT_S
                 self._arm_grant_timer()
                 instance.claim()
-        if started:
+        if is_any_started:
             # Behind their first turn: then the answer of an application that does not wait is the claim.
             self._beginning = opened
-            self._loop.call_soon(self._first_turns_over, started)
+            self._loop.call_soon(self._first_turns_over, opened, perf_counter())
 
-    def _first_turns_over(self, instances: list[Instance]) -> None:
+    def _first_turns_over(self, instances: list[Instance], began_at: float) -> None:
         self._beginning = ()
+        are_answered = True
         for instance in instances:
-            instance.claim()
+            if instance.phase is not Phase.ENDED:
+                are_answered = False
+                instance.claim()
+        if not are_answered:
+            self._quick_count = OPENINGS_AT_ONCE
+            return
+        count = len(instances)
+        in_time = int(count * QUICK_TAKE_S / max(perf_counter() - began_at, 1e-6))
+        self._quick_count = max(OPENINGS_AT_ONCE, min(2 * count, in_time, OPENINGS_AT_ONCE_MAX))
 
     def stalled_openings(self) -> list[tuple[str, int, int]]:
         """Openings taken before the last call, whose claims have not left: the loop stands in a first turn since.

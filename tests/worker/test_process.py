@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -364,6 +365,66 @@ async def test_a_worker_that_is_behind_takes_more_at_once_until_it_is_not(bench:
     await turns()
     counts = [count for channel, count in bench.layer.asked if channel == HTTP_CHANNEL]
     assert counts == [8, 16, 32, 32, 8]
+
+
+async def offer_together(bench: Bench, first: int, count: int) -> list[int]:
+    """Offer openings that are taken at once; return how many were asked for since, by what came of them."""
+    numbers = range(first, first + count)
+    await bench.layer.offer(*(make_opening(http_scope(), connection=number, first=REQUEST) for number in numbers))
+    await turns()
+    return [asked for channel, asked in bench.layer.asked if channel == HTTP_CHANNEL]
+
+
+def stop_clock(monkeypatch: pytest.MonkeyPatch, step_s: float) -> None:
+    """Let each reading of the clock that times first turns be so much later than the one before."""
+    now = itertools.count()
+    monkeypatch.setattr(process_module, "perf_counter", lambda: next(now) * step_s)
+
+
+async def test_an_application_that_answers_at_once_has_twice_as_many_taken(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_clock(monkeypatch, 0.0001)
+    bench.application.release.set()
+    # The count for the next take is asked for before the first turns of this one.
+    assert await offer_together(bench, 1, 6) == [8, 8]
+    assert await offer_together(bench, 10, 6) == [8, 8, 12]
+    assert await offer_together(bench, 20, 12) == [8, 8, 12, 24]  # full: 24 as ever
+    assert await offer_together(bench, 40, 20) == [8, 8, 12, 24, 24]
+    assert await offer_together(bench, 60, 20) == [8, 8, 12, 24, 24, 32]  # OPENINGS_AT_ONCE_MAX
+    assert await offer_together(bench, 90, 1) == [8, 8, 12, 24, 24, 32, 32]
+    assert (await offer_together(bench, 91, 1))[-2:] == [32, OPENINGS_AT_ONCE]  # one is no proof
+
+
+async def test_one_request_that_waits_has_eight_taken_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_clock(monkeypatch, 0.0001)
+    bench.application.release.set()
+    for number in (1, 10):
+        await offer_together(bench, number, 7)
+    assert (await offer_together(bench, 20, 7))[-1] == 14
+    bench.application.release.clear()
+    await offer_together(bench, 30, 1)
+    assert (await offer_together(bench, 31, 1))[-1] == OPENINGS_AT_ONCE
+
+
+async def test_an_unsafe_request_among_them_has_eight_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_clock(monkeypatch, 0.0001)
+    bench.application.release.set()
+    openings = [make_opening(http_scope(), connection=number, first=REQUEST) for number in range(1, 7)]
+    await bench.layer.offer(*openings, make_opening(http_scope("POST"), connection=7, first=REQUEST))
+    await turns()
+    assert (await offer_together(bench, 10, 1))[-1] == OPENINGS_AT_ONCE
+
+
+async def test_no_more_is_taken_than_is_answered_in_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_clock(monkeypatch, process_module.QUICK_TAKE_S / 2)
+    bench.application.release.set()
+    for number in (1, 10):
+        await offer_together(bench, number, 5)  # 10 in time
+    assert (await offer_together(bench, 20, 5))[-1] == 10
+    stop_clock(monkeypatch, process_module.QUICK_TAKE_S)
+    await offer_together(bench, 30, 5)
+    assert (await offer_together(bench, 40, 5))[-1] == OPENINGS_AT_ONCE
 
 
 async def test_only_the_channels_of_the_settings_are_served() -> None:
