@@ -311,6 +311,19 @@ def test_troubleshooting_has_every_refusal(refusal):
     assert f"| {refusal.status} | {refusal.close_code} | {refusal.reason} |" in page
 
 
+# Messages as they are written: literals that stand beside each other are one.
+TEXTS = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
+
+
+def test_the_lines_of_troubleshooting_are_written_by_the_source():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`[^|]*) \| [^|]* \|$", page[page.index("## Lines of the log") :], re.MULTILINE)
+    assert len(rows) > 10
+    for line in quoted("\n".join(rows)):
+        for part in line.split("…"):
+            assert part.strip(" :") in TEXTS, f"nothing writes {part!r} of {line!r}"
+
+
 FAILURES = [
     line.strip("| ").split(" | ")
     for line in (ROOT / "docs" / "failure_modes.md").read_text("utf-8").splitlines()
