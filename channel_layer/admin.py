@@ -25,7 +25,7 @@ logger = logging.getLogger("trunkline.admin")
 _HEAD_BYTES_MAX: Final = 8 * 1024
 # For a request to come and its answer to leave; then the connection is dropped.
 _TIMEOUT_S: Final = 5.0
-# Checks are few; what is above is closed at once.
+# Checks are few; for one more the oldest is closed: it has asked for nothing yet, or does not read its answer.
 _CONNECTIONS_MAX: Final = 64
 
 
@@ -44,12 +44,16 @@ def alive() -> Answer:
     return Answer(HTTPStatus.OK, {"alive": True})
 
 
-def readiness(why_not: Mapping[str, str | None]) -> Answer:
-    """``why_not``: for each process None, or why it is not ready."""
-    is_ready = bool(why_not) and not any(reason is not None for reason in why_not.values())
+def readiness(
+    why_not: Mapping[str, str | None], *, is_ready: bool | None = None, facts: Mapping[str, Any] | None = None
+) -> Answer:
+    """``why_not``: for each process None, or why it is not ready. ``is_ready``: all are, unless given."""
+    if is_ready is None:
+        is_ready = bool(why_not) and not any(reason is not None for reason in why_not.values())
     processes = {name: "ready" if reason is None else reason for name, reason in why_not.items()}
     return Answer(
-        HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE, {"ready": is_ready, "processes": processes}
+        HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE,
+        {"ready": is_ready, "processes": processes, **(facts or {})},
     )
 
 
@@ -61,7 +65,7 @@ class AdminServer:
         self.port = port  # 0 takes any; then start() sets it
         self._routes = dict(routes)
         self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._connections: dict[asyncio.Task[None], None] = {}  # oldest first
         self._answered_count = 0
 
     def __repr__(self) -> str:
@@ -94,18 +98,21 @@ class AdminServer:
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._connections.add(task)
+        if len(self._connections) >= _CONNECTIONS_MAX:
+            oldest = next(iter(self._connections))
+            del self._connections[oldest]
+            oldest.cancel()
+        self._connections[task] = None
         try:
-            if len(self._connections) <= _CONNECTIONS_MAX:
-                async with asyncio.timeout(_TIMEOUT_S):
-                    await self._answer(reader, writer)
+            async with asyncio.timeout(_TIMEOUT_S):
+                await self._answer(reader, writer)
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # it asked for nothing, or too much, or has left
         except asyncio.CancelledError:
-            # Of close(); nobody else cancels it, and asyncio's stream protocol would report it as an error.
+            # Of close(), or for a newer one; asyncio's stream protocol would report it as an error.
             pass
         finally:
-            self._connections.discard(task)
+            self._connections.pop(task, None)
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

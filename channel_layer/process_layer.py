@@ -250,6 +250,11 @@ class RedisProcessLayer(ChannelsBackend):
         inboxes = self._broker.shard_of(self._inbox_key), self._broker.shard_of(self.keys.mail(peer))
         return not any(shard.is_suspicious for shard in inboxes)
 
+    def linked_processes(self) -> list[str]:
+        """The processes that this one has a link with: those it has exchanged anything with, and that live."""
+        parts = self._parts
+        return [] if parts is None or parts.links is None else parts.links.peers()
+
     def statistics(self) -> RedisProcessLayerStatistics:
         """Return what every part holds and has counted. Raises RuntimeError while the layer is not started."""
         parts = self._started()

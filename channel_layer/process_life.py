@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping
 from typing import Any, Final, NoReturn, Protocol
 
 from channel_layer.admin import AdminServer, Answer, alive, readiness
@@ -178,6 +178,7 @@ class ProcessLife:
         self._hang_timeout_s = hang_timeout_s
         self._layer: ProvingLayer | None = None  # from serving() on
         self._load: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        self._facts: Callable[[], Mapping[str, Any]] = dict
         self._text = ""
         self._timer: asyncio.TimerHandle | None = None
         self._over = threading.Event()
@@ -208,9 +209,19 @@ class ProcessLife:
         """How long what runs may go on."""
         return min(configured_s, HURRIED_DRAIN_S) if self.is_hurried else configured_s
 
-    def serving(self, layer: ProvingLayer, text: str = "", *, load: Callable[[], tuple[int, int]]) -> None:
-        """Everything is up. ``load`` tells what runs, of how much there is room for; 0 is no limit."""
-        self._layer, self._text, self._load = layer, text, load
+    def serving(
+        self,
+        layer: ProvingLayer,
+        text: str = "",
+        *,
+        load: Callable[[], tuple[int, int]],
+        facts: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        """Everything is up. ``load`` tells what runs, of how much there is room for; 0 is no limit.
+
+        ``facts`` is told whoever asks whether this process is ready, beside the answer.
+        """
+        self._layer, self._text, self._load, self._facts = layer, text, load, facts
         self.phase = LifePhase.SERVING
         self._pipe.say(StatusWord.PROCESS, layer.process_id)
         self._pipe.say(StatusWord.READY, text)
@@ -243,7 +254,7 @@ class ProcessLife:
         )
 
     def _readiness(self) -> Answer:
-        return readiness({self.name: self.explain_unready()})
+        return readiness({self.name: self.explain_unready()}, facts=self._facts())
 
     def _beat(self) -> None:
         self.beat_count += 1

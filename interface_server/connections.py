@@ -721,6 +721,11 @@ class Connections:
             self._carry_out(number, decision)
         self._arm_watch_timer()
 
+    def queue(self) -> tuple[int, float]:
+        """How many connections wait for a worker, and for how many seconds the first of them has."""
+        statistics = self._watch.statistics(self._clock())
+        return statistics.waiting, statistics.oldest_s
+
     def openings_held(self, openings: Sequence[int]) -> None:
         """A worker has taken these, number and epoch in turn, and its application keeps it from claiming them."""
         for number, epoch in zip(openings[::2], openings[1::2], strict=True):

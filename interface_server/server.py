@@ -91,6 +91,7 @@ async def _serve(
             layer,
             describe_all(listeners),
             load=lambda: (server.connections.open_count, settings.connections_max),
+            facts=lambda: _describe_workers(layer, server.connections),
         )
     finally:
         for listener in listeners:
@@ -105,6 +106,16 @@ async def _serve(
     await server.stop(life.at_once, drain_timeout_s=life.drain_timeout_s(settings.drain_timeout_s))
     await life.close()
     return 0
+
+
+def _describe_workers(layer: RedisProcessLayer, connections: Connections) -> dict[str, Any]:
+    """What can be known here of workers: a request that nobody takes says more than none that was taken."""
+    waiting, longest_s = connections.queue()
+    return {
+        "workers_known": len(layer.linked_processes()),
+        "requests_waiting": waiting,
+        "longest_wait_s": round(longest_s, 1),
+    }
 
 
 def _build_layer(settings: InterfaceSettings) -> RedisProcessLayer:

@@ -151,10 +151,22 @@ class Supervisor:
         return [child for child in self.children if child.spec.role is Role.WORKER]
 
     def _readiness(self) -> Answer:
-        if self.phase is not Phase.RUNNING:
+        """Ready while one process of each kind is: it serves then, whatever is the matter with the others."""
+        if self.phase is Phase.STOPPING:
             return readiness({child.spec.title: self.phase.value for child in self.children})
         now = asyncio.get_running_loop().time()
-        return readiness({child.spec.title: child.explain_unready(now) for child in self.children})
+        why_not = {
+            # Some wait for the first of their kind.
+            child: "starting"
+            if self.phase is Phase.STARTING and child.process is None
+            else child.explain_unready(now)
+            for child in self.children
+        }
+        roles = {child.spec.role for child, reason in why_not.items() if reason is None}
+        return readiness(
+            {child.spec.title: reason for child, reason in why_not.items()},
+            is_ready=roles == {child.spec.role for child in self.children},
+        )
 
     def _run_in_background(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)

@@ -54,6 +54,14 @@ async def test_ready_only_if_all_are(server: AdminServer) -> None:
     }
 
 
+def test_facts_stand_beside_the_answer_which_the_caller_may_decide() -> None:
+    answer = readiness({"worker 1": None, "worker 2": "starting"}, is_ready=True, facts={"workers_known": 3})
+    assert answer == Answer(
+        HTTPStatus.OK,
+        {"ready": True, "processes": {"worker 1": "ready", "worker 2": "starting"}, "workers_known": 3},
+    )
+
+
 def test_nobody_is_not_ready() -> None:
     assert readiness({}) == Answer(HTTPStatus.SERVICE_UNAVAILABLE, {"ready": False, "processes": {}})
 
@@ -85,16 +93,24 @@ async def test_who_says_too_little_is_dropped(server: AdminServer, monkeypatch: 
     assert await ask(server, b"GET /healthz") == b""
 
 
-async def test_too_many_at_once_are_dropped(server: AdminServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_those_who_ask_nothing_keep_nobody_from_asking(
+    server: AdminServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin, "_TIMEOUT_S", 3600.0)
     monkeypatch.setattr(admin, "_CONNECTIONS_MAX", 2)
-    waiting = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(2)]
-    async with asyncio.timeout(5):
-        while len(server._connections) < 2:  # noqa: ASYNC110 - the server tells nobody
-            await asyncio.sleep(0.01)
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    async with asyncio.timeout(5):
-        assert await reader.read() == b""
-    for _, each in (*waiting, (reader, writer)):
+    idle = []
+    for count in (1, 2):
+        idle.append(await asyncio.open_connection("127.0.0.1", server.port))
+        async with asyncio.timeout(20):
+            while len(server._connections) < count:  # noqa: ASYNC110 - the server tells nobody
+                await asyncio.sleep(0.01)
+    assert b" 200 OK" in await ask(server, b"GET /healthz HTTP/1.1\r\n\r\n")
+    async with asyncio.timeout(20):
+        assert await idle[0][0].read() == b"", "the oldest has made room"
+    idle[1][1].write(b"GET /healthz HTTP/1.1\r\n\r\n")
+    async with asyncio.timeout(20):
+        assert b" 200 OK" in await idle[1][0].read()
+    for _, each in idle:
         each.close()
 
 

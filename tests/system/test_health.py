@@ -90,9 +90,12 @@ def test_single_processes_answer_for_themselves_and_are_not_ready_while_they_dra
         url = interface.wait_for(r"accepts on (http://\S+)").group(1)
         for port in ports.values():
             wait_until(lambda port=port: is_ready(port), 60, "ready")
+        answer = ask(ports["interface"], "/readyz")[1]
+        assert (answer["workers_known"], answer["requests_waiting"], answer["longest_wait_s"]) == (0, 0, 0.0)
         hanging = Hanging(f"{url}/hang")
         hanging.start()
         worker.wait_for("hang. has begun")
+        wait_until(lambda: ask(ports["interface"], "/readyz")[1]["workers_known"] == 1, 60, "the worker is known")
         broker_server.kill()
         for port in ports.values():
             wait_until(lambda port=port: not is_ready(port), 45, "the outage shows")

@@ -455,6 +455,30 @@ async def test_what_says_nothing_for_too_long_is_ended_and_replaced(caplog: pyte
     assert "worker 1 was ended by SIGABRT; starting another" in caplog.text
 
 
+async def test_ready_while_one_of_each_kind_is_also_before_all_have_started(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n"
+    interface, beats = BEATS.format("ready http://here"), BEATS.format("ready")
+    supervisor = Supervisor(
+        [
+            script(interface, role=Role.INTERFACE),
+            script(waits + interface, role=Role.INTERFACE, number=2),
+            script(beats),
+        ]
+    )
+    async with running(supervisor):
+        await until(lambda: supervisor._readiness().status == 200)
+        assert supervisor._readiness().content["processes"]["interface server 2"] == "starting"
+        assert supervisor.phase is module.Phase.STARTING
+        go.touch()
+        await until(lambda: supervisor.phase is module.Phase.RUNNING)
+        worker = supervisor.children[2]
+        worker.send(signal.SIGKILL)
+        await until(lambda: supervisor._readiness().status == 503)
+        await until(lambda: supervisor._readiness().status == 200)
+    assert supervisor._readiness().status == 503
+
+
 async def test_the_supervisor_tells_for_each_process_why_it_is_not_ready() -> None:
     supervisor = Supervisor(
         [
