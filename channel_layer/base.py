@@ -145,8 +145,18 @@ class ProcessLayer(ChannelLayer, Protocol):
 
     # Links
 
-    def link_send(self, peer: str, frame: bytes) -> None:
-        """Queue a frame for ``peer``. It arrives exactly once and in order, or ``peer_ended`` is called."""
+    def link_send(self, peer: str, frame: bytes) -> int:
+        """Queue a frame for ``peer``. It arrives exactly once and in order, or ``peer_ended`` is called.
+
+        Return its position in what is sent to ``peer``.
+        """
+
+    def link_send_event(self, peer: str, connection: int, epoch: int, payload: bytes, behind: int) -> int:
+        """As ``link_send``, of an EVENT that may travel in one frame with equal ones of other connections.
+
+        It overtakes neither the frame whose position is ``behind``, or any before it, nor messages to groups. Return
+        its position.
+        """
 
     def link_is_congested(self, peer: str) -> bool:
         """True while the link holds more than its senders should add to; ``peer_ready`` says when it is over."""

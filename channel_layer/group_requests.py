@@ -53,7 +53,7 @@ class GroupRequests:
         writer: ListWriter,
         loop: asyncio.AbstractEventLoop,
         expiry_s: float,
-        link_send: Callable[[str, bytes], None] | None,
+        link_send: Callable[[str, bytes], object] | None,
     ) -> None:
         self._process_id = process_id
         self._keys = keys

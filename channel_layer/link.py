@@ -52,7 +52,7 @@ from typing import Final, NamedTuple
 
 from channel_layer.enums import quick
 from channel_layer.errors import WireError
-from channel_layer.frames import Blob, BlobKind, Frame, FrameKind, build_blob, build_bye
+from channel_layer.frames import Blob, BlobKind, Frame, FrameKind, build_blob, build_bye, build_event, build_events
 
 __all__ = [
     "AWAY",
@@ -79,6 +79,9 @@ GIVEN_UP_REASONS: Final = frozenset({RESET, RESTARTED, AWAY})
 
 # What a queued frame costs in memory besides its bytes.
 _FRAME_OVERHEAD_BYTES: Final = 48
+# What one more addressee of a shared event counts, in a blob and in the queue. On the wire it takes a dozen bytes, in
+# memory some eighty; what counts is the receiver's work for each, so a blob holds a thousand of them at most.
+_ADDRESSEE_BYTES: Final = 64
 _BYE: Final = build_bye()
 _NO_FRAMES: Final[list[Frame]] = []
 
@@ -145,6 +148,16 @@ class Received(NamedTuple):
 _NOTHING: Final = Received(None, _NO_FRAMES, None)
 
 
+class _SharedEvent:
+    """A queued event for several connections; it becomes an EVENTS frame."""
+
+    __slots__ = ("addressees", "payload")
+
+    def __init__(self, payload: bytes, addressees: list[tuple[int, int]]) -> None:
+        self.payload = payload
+        self.addressees = addressees  # bounded by the blob that it stands in
+
+
 class Link:
     """The link to one peer. After any call that may change it, push what ``collect`` returns.
 
@@ -157,6 +170,7 @@ class Link:
         "_ack_deadline",
         "_ack_due",
         "_acknowledged",
+        "_barrier",
         "_batch",
         "_batch_bytes",
         "_batches",
@@ -170,6 +184,7 @@ class Link:
         "_gap_reported_at",
         "_hold_until",
         "_new_id",
+        "_open_events",
         "_paired",
         "_peer_stream",
         "_ping_due",
@@ -177,6 +192,7 @@ class Link:
         "_probe",
         "_push_begun_at",
         "_pushing",
+        "_queued_count",
         "_resend_next",
         "_resent_blobs",
         "_reset_due",
@@ -223,9 +239,14 @@ class Link:
         self._stream = 0
         # Frames that wait, in batches of one blob each, the last of them still open. Bounded by the senders, who
         # look at is_congested.
-        self._batches: deque[tuple[list[bytes], int]] = deque()
-        self._batch: list[bytes] = []
+        self._batches: deque[tuple[list[bytes | _SharedEvent], int]] = deque()
+        self._batch: list[bytes | _SharedEvent] = []
         self._batch_bytes = 0
+        # Frames queued since the beginning: the number of the newest is its position. What send_event() put into the
+        # open batch, by payload: its position, connection and epoch. Nothing joins what stands before the barrier.
+        self._queued_count = 0
+        self._open_events: dict[bytes, tuple[int, int, int]] = {}
+        self._barrier = 0
         self.queued_bytes = 0
         self._was_congested = False
         # Blobs with the numbers _acknowledged + 1 … _sent; at window_bytes nothing is added.
@@ -286,29 +307,53 @@ class Link:
 
     # Sending
 
-    def send(self, frame: bytes) -> bool:
-        """Queue an encoded frame. False: dropped, because the peer has left or we have said goodbye."""
+    def send(self, frame: bytes) -> int:
+        """Queue an encoded frame. Return its position, which grows with each frame.
+
+        0: dropped, because the peer has left or we have said goodbye.
+        """
         if self.state is not LinkState.OPEN:
             if self.state is not LinkState.ENDED:
                 self._dropped_frames += 1
-                return False
+                return 0
             self.state = LinkState.OPEN
         length = len(frame)
         settings = self._settings
         batch_bytes = self._batch_bytes
         if batch_bytes and (batch_bytes + length > settings.blob_bytes or len(self._batch) >= settings.blob_frames):
-            self._batches.append((self._batch, self._batch_bytes))
-            self._batch = []
-            self._batch_bytes = 0
+            self._close_batch()
         self._batch.append(frame)
         self._batch_bytes += length
         self.queued_bytes += length + _FRAME_OVERHEAD_BYTES
-        return True
+        self._queued_count = position = self._queued_count + 1
+        return position
+
+    def send_event(self, connection: int, epoch: int, payload: bytes, behind: int) -> int:
+        """Queue an EVENT, or add its connection to an equal one that waits: together they become one EVENTS frame.
+
+        ``behind`` is the position of what this event must not overtake, the last frame of its connection. Return the
+        position to name next time, as ``send``.
+        """
+        found = self._open_events.get(payload)
+        if found is not None and found[0] > behind and found[0] > self._barrier:
+            if self._batch_bytes + _ADDRESSEE_BYTES <= self._settings.blob_bytes:
+                self._join(found, payload, connection, epoch)
+                return found[0]
+            self._close_batch()
+        position = self.send(build_event(connection, epoch, payload))
+        if position:
+            self._open_events[payload] = (position, connection, epoch)
+        return position
+
+    def raise_barrier(self) -> None:
+        """From now on no event joins one that is queued already: each stays behind what was sent so far."""
+        self._barrier = self._queued_count
 
     def leave(self) -> None:
         """Queue BYE, the last frame of our stream, if the peer knows of us. ``is_acknowledged`` tells the end."""
         if self.state is LinkState.OPEN and (self._peer_stream or self._stream or self.queued_bytes):
             self.send(_BYE)
+            self._open_events.clear()  # nothing comes behind it, and nothing joins what stands before it
             self.state = LinkState.LEAVING
 
     def ping(self) -> None:
@@ -519,6 +564,24 @@ class Link:
 
     # Sending, inside
 
+    def _join(self, found: tuple[int, int, int], payload: bytes, connection: int, epoch: int) -> None:
+        """Add a connection to an event of the open batch."""
+        # The batch ends with the newest frame. (The state is OPEN: whatever ends it drops the batch, or closes it.)
+        index = found[0] - self._queued_count - 1
+        shared = self._batch[index]
+        if isinstance(shared, bytes):
+            self._batch[index] = _SharedEvent(payload, [found[1:], (connection, epoch)])
+        else:
+            shared.addressees.append((connection, epoch))
+        self._batch_bytes += _ADDRESSEE_BYTES
+        self.queued_bytes += _ADDRESSEE_BYTES
+
+    def _close_batch(self) -> None:
+        self._batches.append((self._batch, self._batch_bytes))
+        self._batch = []
+        self._batch_bytes = 0
+        self._open_events.clear()
+
     def _build_data(self) -> bytes:
         if self._batches:
             frames, frames_bytes = self._batches.popleft()
@@ -526,11 +589,15 @@ class Link:
             frames, frames_bytes = self._batch, self._batch_bytes
             self._batch = []
             self._batch_bytes = 0
+            self._open_events.clear()
         self.queued_bytes -= frames_bytes + _FRAME_OVERHEAD_BYTES * len(frames)
+        encoded = [
+            frame if isinstance(frame, bytes) else build_events(frame.addressees, frame.payload) for frame in frames
+        ]
         if not self._stream:
             self._stream = self._new_id()
         self._sent += 1
-        blob = self._build(BlobKind.DATA, sequence=self._sent, frames=frames)
+        blob = self._build(BlobKind.DATA, sequence=self._sent, frames=encoded)
         self._unacknowledged.append(blob)
         self.unacknowledged_bytes += len(blob)
         self._sent_blobs += 1
@@ -694,6 +761,7 @@ class Link:
         self._batches.clear()
         self._batch = []
         self._batch_bytes = 0
+        self._open_events.clear()
         self.queued_bytes = 0
         self._unacknowledged.clear()
         self.unacknowledged_bytes = 0

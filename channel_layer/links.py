@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any, Final
 
 from channel_layer.errors import WireError
-from channel_layer.frames import Frame, decode_blob
+from channel_layer.frames import Frame, build_event, decode_blob
 from channel_layer.link import LEFT, Link, LinkSettings, LinkState, LinkStatistics
 
 __all__ = ["Links", "LinksStatistics"]
@@ -135,22 +135,44 @@ class Links:
 
     # Sending
 
-    def send(self, peer: str, frame: bytes) -> None:
+    def send(self, peer: str, frame: bytes) -> int:
         """Queue an encoded frame for ``peer``; it leaves at the end of this turn of the loop, or with the next push.
 
-        To a peer that has left it is dropped, and ``peer_ended`` is called once more.
+        Return its position, for ``send_event``. To a peer that has left it is dropped, and ``peer_ended`` is called
+        once more.
         """
         if self._is_silent:
             self._former["dropped_frames"] += 1
-            return
+            return 0
         link = self._links.get(peer)
         if link is None:
             link = self._create(peer)
-        if not link.send(frame) and link.state is LinkState.LEFT:
+        position = link.send(frame)
+        if not position and link.state is LinkState.LEFT:
             self._refused[peer] = None
         self._dirty[peer] = link
         if self._flush_handle is None:
             self._schedule_flush()
+        return position
+
+    def send_event(self, peer: str, connection: int, epoch: int, payload: bytes, behind: int) -> int:
+        """As ``send``, of an EVENT that may travel with equal ones of other connections (Link.send_event)."""
+        link = self._links.get(peer)
+        if link is None or self._is_silent:
+            return self.send(peer, build_event(connection, epoch, payload))
+        position = link.send_event(connection, epoch, payload, behind)
+        if not position and link.state is LinkState.LEFT:
+            self._refused[peer] = None
+        self._dirty[peer] = link
+        if self._flush_handle is None:
+            self._schedule_flush()
+        return position
+
+    def raise_barrier(self, peer: str) -> None:
+        """Let no event that is sent from now on leave before what was sent to ``peer`` so far."""
+        link = self._links.get(peer)
+        if link is not None:
+            link.raise_barrier()
 
     def is_congested(self, peer: str) -> bool:
         """True while so much waits for ``peer`` that senders should wait for ``peer_ready``."""

@@ -661,13 +661,19 @@ class RedisProcessLayer(ChannelsBackend):
 
     # Links
 
-    def link_send(self, peer: str, frame: bytes) -> None:
+    def link_send(self, peer: str, frame: bytes) -> int:
         """See base.ProcessLayer."""
         parts = self._parts
         if parts is not None and parts.links is not None:  # as _links(), for what happens with each request
-            parts.links.send(peer, frame)
-        else:
-            self._links().send(peer, frame)
+            return parts.links.send(peer, frame)
+        return self._links().send(peer, frame)
+
+    def link_send_event(self, peer: str, connection: int, epoch: int, payload: bytes, behind: int) -> int:
+        """See base.ProcessLayer."""
+        parts = self._parts
+        if parts is not None and parts.links is not None:
+            return parts.links.send_event(peer, connection, epoch, payload, behind)
+        return self._links().send_event(peer, connection, epoch, payload, behind)
 
     def link_is_congested(self, peer: str) -> bool:
         """See base.ProcessLayer."""
@@ -696,7 +702,9 @@ class RedisProcessLayer(ChannelsBackend):
         watch = self._started().watch
         if (watch is not None and watch.is_dead(peer)) or links.queued_bytes(peer) > _GROUP_LINK_BYTES_MAX:
             return False
+        # An instance's events stay behind the messages that it sent to groups before.
         links.send(peer, frame)
+        links.raise_barrier(peer)
         return True
 
     # Openings

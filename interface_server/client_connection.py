@@ -111,6 +111,7 @@ class _Held(IntEnum):
 
 
 _Item = tuple[_Held, Any, int]
+_EVENT: Final = int(FrameKind.EVENT)
 
 _OF_GROUPS: Final = frozenset({_Held.BROADCAST, _Held.GROUP_EVENT, _Held.GROUP_CLOSE})
 
@@ -484,19 +485,26 @@ class ClientConnection:
         ``broadcast`` is the event once more, if it is a websocket.send.
         """
         try:
-            complete = self._incoming.receive(FrameKind.EVENT, payload)
+            complete = self._incoming.receive(_EVENT, payload)
+            if complete is None or complete[0] is not payload:
+                raise FlowControlError(f"an event for many came in the middle of another: {self!r}")
         except FlowControlError as error:
             self._abandon(error)
             return False
-        assert complete is not None
+        if not self._is_answered:
+            self._first_answer()
         if self._client is None:
             self._return_credit(complete[1])
             return False
         if self._handover is not None and self._handover.takes_events:
             self._handover_event(self._handover, complete)
             return False
-        shared = event if broadcast is None or not self._accepting else broadcast
-        return self._queue_item((_Held.SHARED, shared, complete[1]))
+        if broadcast is None or not self._accepting:
+            return self._queue_item((_Held.SHARED, event, complete[1]))
+        item = broadcast.queued
+        if item is None:
+            item = broadcast.queued = (_Held.SHARED, broadcast, complete[1])
+        return self._queue_item(item)
 
     # Called by Connections: from one owner to the next
 

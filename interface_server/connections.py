@@ -493,13 +493,18 @@ class Connections:
         addressees, payload = frame[1], frame[2]
         event = decode_event(payload)
         broadcast = Broadcast(event) if event.get("type") == "websocket.send" else None
-        for addressee in addressees:
-            number, epoch = addressee
+        for number, epoch in addressees:
             connection = self._connections.get(number)
             if connection is None or connection.peer != peer or connection.epoch != epoch:
                 self._answer_closed(peer, number, epoch)
-            elif connection.shared_event_received(event, broadcast, payload):
-                self._fan_out.add(connection)
+                continue
+            try:
+                if connection.shared_event_received(event, broadcast, payload):
+                    self._fan_out.add(connection)
+            except Exception:
+                # As in frame_received: the others must have theirs.
+                _LOGGER.exception("an event of worker %s for %r failed", peer, connection)
+                self.give_up(connection, Refusal.PROTOCOL)
 
     def _out_of_place(self, peer: str, frame: Frame) -> None:
         self._dropped_count[f"frame {FrameKind(frame[0]).name} from a worker"] += 1

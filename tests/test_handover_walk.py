@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from channel_layer.frames import build_event
 from interface_server.client import Refusal
 from interface_server.connections import Connections
 from interface_server.settings import InterfaceSettings
@@ -45,6 +46,10 @@ class Worker:
 
     def link_send(self, peer, frame):
         self.to_interface.append(msgpack.unpackb(frame))
+        return len(self.to_interface)
+
+    def link_send_event(self, peer, connection, epoch, payload, behind):
+        return self.link_send(peer, build_event(connection, epoch, payload))
 
     def link_is_congested(self, peer):
         return False

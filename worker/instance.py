@@ -88,7 +88,9 @@ _ANSWER_BYTES_MAX: Final = 16 * 1024
 class Link(Protocol):
     """What an instance needs of base.ProcessLayer."""
 
-    def link_send(self, peer: str, frame: bytes) -> None: ...
+    def link_send(self, peer: str, frame: bytes) -> int: ...
+
+    def link_send_event(self, peer: str, connection: int, epoch: int, payload: bytes, behind: int) -> int: ...
 
     def link_is_congested(self, peer: str) -> bool: ...
 
@@ -157,6 +159,7 @@ class Instance:
         "_receivers",
         "_refusal",
         "_sent",
+        "_sent_at",
         "_task",
         "_tell_receiving",
         "_turn_left",
@@ -251,6 +254,8 @@ class Instance:
             self._sent = WebSocketEvents(extensions) if self.protocol == "websocket" else OwnEvents(self.protocol)
         self._unsent: list[_Sending] = []
         self._refusal: str | None = None  # why send() raises ClientDisconnected
+        # The position in what leaves on the link of our last frame of those whose order counts: events, checkpoints.
+        self._sent_at = 0
 
         if opening.first_event == NO_BODY_ENCODED:
             self._first_bytes = EVENT_COST_MIN_BYTES  # counts as arrived
@@ -585,6 +590,10 @@ class Instance:
         sent = self._sent
         if self._refusal is not None and sent.state is not State.COMPLETE:
             raise ClientDisconnected(self._refusal)
+        if type(sent) is WebSocketEvents and type(message) is dict and not (self._unsent or self._is_frozen):
+            text = sent.encode_text(message)
+            if text is not None and not self._link.link_is_congested(self.peer) and self._message_leaves(text):
+                return
         events = sent.apply(message)
         if type(events) is Checkpoint:
             await self._send_checkpoint(events)
@@ -661,7 +670,7 @@ class Instance:
             and self._disconnect is None
             and self._moving.may_freeze(self._received_count)
         ):
-            self._link.link_send(self.peer, self._freeze())
+            self._sent_at = self._link.link_send(self.peer, self._freeze())
 
     async def _run(self) -> None:
         outcome = Outcome.RAISED
@@ -702,22 +711,34 @@ class Instance:
         while not (self._is_frozen or link.link_is_congested(peer)):
             if not outgoing.is_empty:
                 for frame in outgoing.frames():
-                    link.link_send(peer, frame)
+                    self._sent_at = link.link_send(peer, frame)
                 if not outgoing.is_empty:
                     return False  # until credit_received()
             event = next(events, None)
             if event is None:
                 return True
-            if type(event) is bytes:
-                link.link_send(peer, event)
-            else:
-                encoded = encode_event(event)  # type: ignore[arg-type]
-                whole = outgoing.pass_whole(encoded)
-                if whole is None:
-                    outgoing.offer(encoded)
-                else:
-                    link.link_send(peer, whole)
+            if isinstance(event, bytes):
+                self._sent_at = link.link_send(peer, event)
+                continue
+            encoded = encode_event(event)
+            if event["type"] == "websocket.send":
+                if self._message_leaves(encoded):
+                    continue
+            elif (whole := outgoing.pass_whole(encoded)) is not None:
+                self._sent_at = link.link_send(peer, whole)
+                continue
+            outgoing.offer(encoded)
         return False  # until link_ready() or released()
+
+    def _message_leaves(self, encoded: bytes) -> bool:
+        """Let a WebSocket message leave that nothing waits in front of; False if there is no credit for all of it.
+
+        Other instances may be sending the same one, behind a message of a group: then they travel together.
+        """
+        if not self._outgoing.admit(encoded):
+            return False
+        self._sent_at = self._link.link_send_event(self.peer, self.connection, self.epoch, encoded, self._sent_at)
+        return True
 
     def _pump(self) -> None:
         while self._unsent:

@@ -46,7 +46,7 @@ from worker.lifespan import Lifespan, LifespanFailed
 from worker.loading import ApplicationError, load_application, prepare_import
 from worker.settings import HTTP_CHANNEL, WEBSOCKET_CHANNEL, WorkerSettings
 
-__all__ = ["WorkerProcess", "WorkerStatistics", "run"]
+__all__ = ["GC_THRESHOLD", "WorkerProcess", "WorkerStatistics", "run", "spare_collections"]
 
 logger = logging.getLogger("trunkline.worker")
 
@@ -77,10 +77,17 @@ CANCEL_TIMEOUT_S: Final = 2.0
 EXIT_TIMEOUT_S: Final = 2.0
 # After a second signal: to say goodbye on the links.
 FORCED_LEAVE_TIMEOUT_S: Final = 0.5
+# So many objects are made and not dropped before Python looks for cycles of garbage among them, instead of its own
+# 700. A broadcast that a thousand consumers carry out at once makes some fifty objects for each of them, all alive:
+# looking through them again and again took half of the worker's time (docs/decisions/0022). What cycles hold stays so
+# much longer: 50,000 objects are some 5 MB, and what hangs on them.
+GC_THRESHOLD: Final = 50_000
 # Threads for synchronous code (run_in_executor, to_thread, sync_to_async beside its one sensitive thread). Further
 # calls wait for a free one. asgiref's variable overrides it.
 THREADS_MAX: Final = 64
 THREADS_VARIABLE: Final = "ASGI_THREADS"
+
+_GC_THRESHOLDS: Final = gc.get_threshold()  # as Python starts with, whichever release
 
 _PROTOCOLS: Final[Mapping[str, str]] = {HTTP_CHANNEL: "http", WEBSOCKET_CHANNEL: "websocket"}
 
@@ -710,9 +717,7 @@ async def _serve_connections(
         return True
     process.start()
     life.serving(layer, load=process.load)
-    # What exists now stays: no need to look through it at every collection.
-    gc.collect()
-    gc.freeze()
+    spare_collections()
     logger.info("worker %s runs %s", process.process_id, settings.application)
     is_clean = True
     failed = await unless(life.stop, process.wait_failed())
@@ -726,6 +731,14 @@ async def _serve_connections(
     # ASGI "Lifespan", Shutdown: behind the last connection.
     ended = await unless(life.at_once, lifespan.shutdown(settings.lifespan_shutdown_timeout_s))
     return ended is True and is_clean
+
+
+def spare_collections() -> None:
+    """Call when everything is loaded: what exists stays, and is not looked through any more."""
+    gc.collect()
+    gc.freeze()
+    if gc.get_threshold() == _GC_THRESHOLDS:  # else the application has its own idea
+        gc.set_threshold(GC_THRESHOLD, *_GC_THRESHOLDS[1:])
 
 
 def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:

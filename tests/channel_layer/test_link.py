@@ -14,8 +14,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from channel_layer.connection import IncomingEvents, OutgoingEvents
 from channel_layer.errors import WireError
-from channel_layer.frames import Blob, BlobKind, build_blob, build_bye, build_group_send, decode_blob
+from channel_layer.frames import (
+    Blob,
+    BlobKind,
+    FrameKind,
+    build_blob,
+    build_bye,
+    build_event,
+    build_group_send,
+    decode_blob,
+)
 from channel_layer.link import FORGOTTEN, LEFT, RESET, RESTARTED, Link, LinkSettings, LinkState, Received
 
 SMALL = LinkSettings(
@@ -1274,3 +1284,261 @@ def test_the_window_bounds_what_a_silent_peer_costs_the_broker() -> None:
         assert len(blobs) == 2
         pushes += 1
     assert pushes < 3600 / 5 + 10
+
+
+# Equal events of several connections
+
+
+def queued_frames(link: Link) -> list[list[Any]]:
+    blobs = link.collect(0.0)
+    link.push_answered(0.0)
+    return [frame for blob in blobs for frame in decode_blob(blob).frames]
+
+
+def test_equal_events_that_wait_become_one_frame() -> None:
+    link = End().link
+    positions = [link.send_event(connection, 1, b"all", 0) for connection in (1, 2, 3)]
+    other = link.send_event(4, 1, b"other", 0)
+    assert positions == [1, 1, 1]
+    assert other == 2
+    assert link.send_event(5, 2, b"all", 0) == 1
+    assert queued_frames(link) == [
+        [FrameKind.EVENTS, [[1, 1], [2, 1], [3, 1], [5, 2]], b"all"],
+        [FrameKind.EVENT, 4, 1, b"other"],
+    ]
+    assert link.queued_bytes == 0
+    # What has left is not joined.
+    assert link.send_event(6, 1, b"all", 0) == 3
+    assert queued_frames(link) == [[FrameKind.EVENT, 6, 1, b"all"]]
+
+
+def test_an_event_does_not_overtake_the_last_frame_of_its_connection() -> None:
+    link = End().link
+    link.send_event(1, 1, b"all", 0)
+    own = link.send(build_event(2, 1, b"own"))
+    again = link.send_event(2, 1, b"all", own)
+    assert again > own
+    # The newer one is joined from now on, also by one that has sent the same already.
+    assert link.send_event(3, 1, b"all", 0) == again
+    twice = link.send_event(1, 1, b"all", 1)
+    assert twice == again
+    assert link.send_event(1, 1, b"all", twice) > again
+    assert queued_frames(link) == [
+        [FrameKind.EVENT, 1, 1, b"all"],
+        [FrameKind.EVENT, 2, 1, b"own"],
+        [FrameKind.EVENTS, [[2, 1], [3, 1], [1, 1]], b"all"],
+        [FrameKind.EVENT, 1, 1, b"all"],
+    ]
+
+
+def test_no_event_joins_one_that_stands_before_the_barrier() -> None:
+    link = End().link
+    link.send_event(1, 1, b"all", 0)
+    link.send(frame(7))
+    link.raise_barrier()
+    link.send_event(2, 1, b"all", 0)
+    assert [sent[0] for sent in queued_frames(link)] == [FrameKind.EVENT, FrameKind.GROUP_SEND, FrameKind.EVENT]
+
+
+def test_addressees_count_towards_blob_and_congestion() -> None:
+    settings = LinkSettings(blob_bytes=640, congested_bytes=5000, ready_bytes=100, push_bytes=10_000)
+    link = End(settings=settings).link
+    for connection in range(100):
+        link.send_event(connection, 1, b"all", 0)
+    assert link.is_congested
+    blobs = [decode_blob(blob) for blob in link.collect(0.0)]
+    assert [blob.frames for blob in blobs] == [
+        [[FrameKind.EVENTS, [[connection, 1] for connection in range(first, first + 10)], b"all"]]
+        for first in range(0, 100, 10)
+    ]
+    assert link.queued_bytes == 0
+
+
+def test_events_of_a_link_that_ended_are_not_joined() -> None:
+    a, _ = connected()
+    a.link.send_event(1, 1, b"all", 0)
+    a.link.give_up()
+    assert a.link.queued_bytes == 0
+    a.link.send_event(2, 1, b"all", 0)
+    assert [frame for blob in a.push() for frame in decode_blob(blob).frames] == [[FrameKind.EVENT, 2, 1, b"all"]]
+
+
+def test_events_for_a_peer_that_has_left_are_dropped() -> None:
+    a, b = connected()
+    a.link.send_event(2, 1, b"all", 0)
+    b.send(1)
+    b.link.leave()
+    a.take(b.push())
+    assert a.link.state is LinkState.LEFT
+    assert a.link.send_event(3, 1, b"all", 0) == 0
+    assert a.link.queued_bytes == 0
+
+
+def test_nothing_joins_what_stands_before_a_goodbye() -> None:
+    a, _ = connected()
+    a.link.send_event(1, 1, b"all", 0)
+    a.link.leave()
+    assert a.link.send_event(2, 1, b"all", 0) == 0
+    assert [frame[0] for blob in a.push() for frame in decode_blob(blob).frames] == [FrameKind.EVENT, FrameKind.BYE]
+
+
+class Sharing(RuleBasedStateMachine):
+    """Connections of one worker send equal and other events, within their credit, on a link that loses pushes.
+
+    Each gets its own events, and what was sent to groups, exactly as the worker sent them; none exceeds its window.
+    """
+
+    window_bytes = 1024
+
+    @initialize()
+    def begin(self) -> None:
+        self.now = 0.0
+        limits = LinkSettings(blob_bytes=600, blob_frames=5, push_bytes=1200, window_bytes=2000)
+        self.worker, self.interface = pair(limits)
+        self.outgoing = {number: OutgoingEvents(number, 1, self.window_bytes) for number in range(1, 5)}
+        self.incoming = {number: IncomingEvents(number, 1, self.window_bytes) for number in range(1, 5)}
+        self.sent_at = dict.fromkeys(self.outgoing, 0)
+        # For each connection its events, and the messages to groups between them.
+        self.sent: dict[int, list[bytes]] = {number: [] for number in self.outgoing}
+        self.taken: dict[int, list[bytes]] = {number: [] for number in self.outgoing}
+        self.unread: list[tuple[int, int]] = []  # connection, cost
+        self.credits: list[tuple[int, int]] = []  # connection, total
+        self.lists: dict[End, list[bytes]] = {self.worker: [], self.interface: []}  # what the broker holds for each
+
+    def event(self, text: int, size: int) -> bytes:
+        return (b"%d" % text).ljust(size, b".")
+
+    @rule(number=st.integers(1, 4), text=st.integers(0, 2), size=st.sampled_from((1, 64, 200)))
+    def say(self, number: int, text: int, size: int) -> None:
+        """As Instance does: what may leave at once may be shared, the rest waits for credit."""
+        event = self.event(text, size)
+        self.sent[number].append(event)
+        if self.outgoing[number].admit(event):
+            self.sent_at[number] = self.worker.link.send_event(number, 1, event, self.sent_at[number])
+        else:
+            self.outgoing[number].offer(event)
+            self.pump(number)
+
+    @rule(text=st.integers(0, 2), numbers=st.permutations((1, 2, 3, 4)))
+    def say_to_all(self, text: int, numbers: list[int]) -> None:
+        for number in numbers:
+            self.say(number, text, 100)
+
+    @rule(number=st.integers(1, 4), size=st.sampled_from((300, 700, 3000)))
+    def say_in_pieces(self, number: int, size: int) -> None:
+        event = self.event(9, size)
+        self.sent[number].append(event)
+        self.outgoing[number].offer(event)
+        self.pump(number)
+
+    # What waits for credit has no order with messages to groups: its send() has not returned.
+    @precondition(lambda self: all(outgoing.is_empty for outgoing in self.outgoing.values()))
+    @rule(text=st.integers(0, 2))
+    def say_to_group(self, text: int) -> None:
+        self.worker.link.send(build_group_send("g", self.event(text, 9)))
+        self.worker.link.raise_barrier()
+        for events in self.sent.values():
+            events.append(b"group " + self.event(text, 9))
+
+    @precondition(lambda self: all(outgoing.is_empty for outgoing in self.outgoing.values()))
+    @rule(number=st.integers(1, 4), other=st.integers(1, 4), text=st.integers(0, 2))
+    def say_around_a_message_to_the_group(self, number: int, other: int, text: int) -> None:
+        self.say(number, text, 64)
+        if all(outgoing.is_empty for outgoing in self.outgoing.values()):
+            self.say_to_group(text)
+        self.say(other, text, 64)
+
+    def pump(self, number: int) -> None:
+        for encoded in self.outgoing[number].frames():
+            self.sent_at[number] = self.worker.link.send(encoded)
+
+    @rule(is_lost=st.booleans(), is_stored=st.booleans())
+    def push(self, is_lost: bool, is_stored: bool) -> None:
+        blobs = self.worker.link.collect(self.now)
+        if not blobs:
+            return
+        if is_stored or not is_lost:
+            self.lists[self.interface] += blobs
+        if is_lost:
+            self.worker.link.push_failed(self.now)
+        else:
+            self.worker.link.push_answered(self.now)
+
+    @rule(count=st.integers(1, 5))
+    def read(self, count: int) -> None:
+        for blob in self.lists[self.interface][:count]:
+            for received in self.interface.take([blob], self.now):
+                assert received.ended_before is None
+                for decoded in received.frames:
+                    self.take(decoded)
+        del self.lists[self.interface][:count]
+        answer = self.interface.push(self.now)
+        self.worker.take(answer, self.now)
+
+    def take(self, decoded: list[Any]) -> None:
+        kind = decoded[0]
+        if kind == FrameKind.GROUP_SEND:
+            for events in self.taken.values():
+                events.append(b"group " + decoded[2])
+            return
+        pairs = decoded[1] if kind == FrameKind.EVENTS else [decoded[1:3]]
+        for number, epoch in pairs:
+            assert epoch == 1
+            # Raises if the window is exceeded.
+            complete = self.incoming[number].receive(
+                FrameKind.EVENT if kind == FrameKind.EVENTS else kind, decoded[-1]
+            )
+            if complete is None:
+                self.credit(number, self.incoming[number].credit_frame())
+            else:
+                self.taken[number].append(complete[0])
+                self.unread.append((number, complete[1]))
+
+    def credit(self, number: int, encoded: bytes | None) -> None:
+        if encoded is not None:
+            self.credits.append((number, msgpack.unpackb(encoded)[3]))
+
+    @rule(count=st.integers(1, 9))
+    def write_to_clients(self, count: int) -> None:
+        for number, cost in self.unread[:count]:
+            self.credit(number, self.incoming[number].consume(cost))
+        del self.unread[:count]
+
+    @rule(count=st.integers(1, 5))
+    def give_credit(self, count: int) -> None:
+        for number, total in self.credits[:count]:
+            self.outgoing[number].credit(total)
+            self.pump(number)
+        del self.credits[:count]
+
+    @rule()
+    def pass_time(self) -> None:
+        self.now += 0.5
+
+    @invariant()
+    def in_order(self) -> None:
+        if hasattr(self, "sent"):
+            for number, taken in self.taken.items():
+                assert taken == self.sent[number][: len(taken)]
+
+    def teardown(self) -> None:
+        if not hasattr(self, "sent"):
+            return
+        for _ in range(1000):
+            self.pass_time()
+            self.push(is_lost=False, is_stored=True)
+            self.read(100)
+            self.write_to_clients(100)
+            self.give_credit(100)
+            if self.taken == self.sent:
+                break
+        assert self.taken == self.sent
+        self.pass_time()
+        self.push(is_lost=False, is_stored=True)
+        self.read(100)
+        assert self.worker.link.queued_bytes == 0
+        assert self.worker.link.is_acknowledged
+
+
+Sharing.TestCase.settings = hypothesis_settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestSharing = Sharing.TestCase

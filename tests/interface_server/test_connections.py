@@ -40,7 +40,7 @@ from channel_layer.frames import (
 from channel_layer.openings import decode_opening
 from interface_server.broadcast import JoinedBroadcasts
 from interface_server.client import Refusal
-from interface_server.client_connection import TRANSITIONS, UNCLAIMED_BYTES_MAX, State
+from interface_server.client_connection import TRANSITIONS, UNCLAIMED_BYTES_MAX, ClientConnection, State
 from interface_server.connections import Connections
 from interface_server.settings import InterfaceSettings
 
@@ -1470,6 +1470,42 @@ async def test_an_event_with_many_addressees_reaches_each_in_order(bench):
     await turn()
     assert [client.log for client in clients] == [[text("before"), b"all", text("after")], [b"all"], [b"all"]]
     assert bench.take_sent() == [(WORKER, msgpack.unpackb(build_closed(99, 1)))]
+
+
+async def test_such_an_event_is_framed_once(bench):
+    clients = [await bench.accepted() for _ in range(3)]
+    received = []
+    for client in clients:
+        client.send_broadcast = received.append
+    bench.frame(build_events([(1, 1), (2, 1), (3, 1)], encode_event(text("all"))))
+    await turn()
+    assert len(received) == 3
+    assert received[0] is received[1] is received[2]
+
+
+async def test_a_fault_with_one_addressee_leaves_the_others_theirs(bench, caplog, monkeypatch):
+    clients = [await bench.accepted() for _ in range(3)]
+    receive = ClientConnection.shared_event_received
+
+    def fail(connection, *arguments):
+        if connection.number == 2:
+            raise ZeroDivisionError
+        return receive(connection, *arguments)
+
+    monkeypatch.setattr(ClientConnection, "shared_event_received", fail)
+    bench.frame(build_events([(1, 1), (2, 1), (3, 1)], encode_event(text("all"))))
+    await turn()
+    assert [client.log for client in clients] == [[b"all"], [Refusal.PROTOCOL], [b"all"]]
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_such_an_event_in_the_middle_of_another_ends_its_connection(bench):
+    clients = [await bench.accepted() for _ in range(2)]
+    bench.frame(build_piece(1, 1, b"piece"))
+    bench.frame(build_events([(1, 1), (2, 1)], encode_event(text("all"))))
+    await turn()
+    assert [client.log for client in clients] == [[Refusal.PROTOCOL], [b"all"]]
+    assert bench.take_sent() == [(WORKER, msgpack.unpackb(build_closed(1, 1)))]
 
 
 async def test_such_an_event_counts_against_each_window(bench):

@@ -157,6 +157,40 @@ async def member(scope, receive, send):
         await layer.group_send(group, {"type": "websocket.send", "text": event["text"]})
 
 
+async def consumer(scope, receive, send):
+    """Joins "consumers" as Channels' consumers do: each instance gets the group's messages and sends by itself.
+
+    What the client sends goes to that group, and straight to all clients; in front of that and behind it this client
+    gets a message of its own. Of the group's message each client gets two, and every second one its own between them.
+    """
+    layer = get_channel_layer()
+    own = reply_channel(scope)
+    channel = await layer.new_channel()
+    await receive()
+    await send({"type": "websocket.accept"})
+    await layer.group_add("consumers", channel)
+    await layer.group_add("clients", own)
+    await send({"type": "websocket.send", "text": "joined"})
+
+    async def carry_out():
+        while True:
+            message = await layer.receive(channel)
+            number, size = message["number"], message["size"]
+            await send({"type": "websocket.send", "text": f"all {number} {'.' * size}"})
+            if message["number"] % 2:
+                await send({"type": "websocket.send", "text": f"own {number} {own}"})
+            await send({"type": "websocket.send", "bytes": b"again %d" % number})
+
+    carrying_out = asyncio.create_task(carry_out())
+    while (event := await receive())["type"] == "websocket.receive":
+        said = json.loads(event["text"])
+        await layer.group_send("consumers", {"type": "said", **said})
+        await send({"type": "websocket.send", "text": f"in front {said['number']}"})
+        await layer.group_send("clients", {"type": "websocket.send", "text": f"direct {said['number']}"})
+        await send({"type": "websocket.send", "text": f"behind {said['number']}"})
+    carrying_out.cancel()
+
+
 async def flood(scope, receive, send):
     """Sends ?n= messages of ?bytes= as fast as it may; then says how long its sends took."""
     arguments = query(scope)
@@ -187,4 +221,4 @@ ROUTES = {
     "/sse": sse,
     "/publish": publish,
 }
-SOCKETS = {"/echo": echo, "/member": member, "/flood": flood, "/fail": fail_socket}
+SOCKETS = {"/echo": echo, "/member": member, "/consumer": consumer, "/flood": flood, "/fail": fail_socket}

@@ -1,6 +1,7 @@
 """Groups as applications, scripts and browsers use them."""
 
 import contextlib
+import json
 import socket
 
 import httpx
@@ -43,6 +44,54 @@ def test_one_send_reaches_members_on_every_interface_server():
                 client.recv(timeout=60)
             assert client.close_code == 4000
             assert client.close_reason == "over"
+
+
+def test_what_each_instance_sends_arrives_in_its_order():
+    """Equal messages of many instances travel together; no client may see that."""
+    clients_count, count, deaf = 24, 120, range(3, 6)
+    with Served(APP, "--workers", "2") as served, contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(connect(f"{served.ws_url}/consumer", open_timeout=20)) for _ in range(clients_count)
+        ]
+        for client in clients:
+            assert client.recv(timeout=10) == "joined"
+        taken = [[] for _ in clients]
+
+        def said(messages):
+            return [message for message in messages if message.startswith(("all", "own", "again"))]
+
+        def read(index, until):
+            """Read up to what ends the ``until``th message of the group, and the one behind it of the sender."""
+            while f"again {until}" not in taken[index] or f"direct {until}" not in taken[index]:
+                message = clients[index].recv(timeout=30)
+                taken[index].append(message.decode() if isinstance(message, bytes) else message)
+
+        for number in range(count):
+            # For a while some do not read, so what is sent to them waits for their credit.
+            size = 8000 if 20 <= number < 90 else 100
+            clients[number % 2].send(json.dumps({"number": number, "size": size}))
+            for index in range(clients_count):
+                if index not in deaf or not 20 <= number < 90:
+                    read(index, number)
+        while f"behind {count - 1}" not in taken[(count - 1) % 2]:
+            taken[(count - 1) % 2].append(clients[(count - 1) % 2].recv(timeout=30))
+
+        for index, messages in enumerate(taken):
+            heads = [" ".join(message.split()[:2]) for message in said(messages)]
+            assert heads == [
+                head
+                for number in range(count)
+                for head in (f"all {number}", *([f"own {number}"] if number % 2 else []), f"again {number}")
+            ], index
+            own = {message.split()[2] for message in messages if message.startswith("own")}
+            assert len(own) == 1
+            assert [m for m in messages if m.startswith("direct")] == [f"direct {n}" for n in range(count)]
+        for index in range(2):
+            around = [message for message in taken[index] if message.startswith(("in front", "direct", "behind"))]
+            mine = [m for m in around if not m.startswith("direct") or int(m.split()[1]) % 2 == index]
+            assert mine == [
+                text for n in range(index, count, 2) for text in (f"in front {n}", f"direct {n}", f"behind {n}")
+            ]
 
 
 def test_membership_ends_with_the_connection_and_leaves_nothing():

@@ -12,7 +12,7 @@ import msgpack
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import IncomingEvents, OutgoingEvents
 from channel_layer.errors import BrokerUnavailable
-from channel_layer.frames import WIRE_VERSION, Frame, FrameKind, Outcome
+from channel_layer.frames import WIRE_VERSION, Frame, FrameKind, Outcome, build_event
 from channel_layer.openings import Opening, encode_opening
 from worker.settings import HTTP_CHANNEL, WEBSOCKET_CHANNEL
 
@@ -74,10 +74,21 @@ class FakeLink:
 
     def __init__(self) -> None:
         self.frames: list[Frame] = []
+        self.shareable: list[bytes] = []  # payloads of EVENTs that might have travelled with equal ones
+        self.behind: list[int] = []  # the position each of them was not to overtake
+        self.position = 0
         self.congested = False
 
-    def link_send(self, peer: str, frame: bytes) -> None:
+    def link_send(self, peer: str, frame: bytes) -> int:
         self.frames.append([peer, *msgpack.unpackb(frame)])
+        self.position += 1
+        return self.position
+
+    def link_send_event(self, peer: str, connection: int, epoch: int, payload: bytes, behind: int) -> int:
+        assert behind <= self.position
+        self.shareable.append(payload)
+        self.behind.append(behind)
+        return self.link_send(peer, build_event(connection, epoch, payload))
 
     def link_is_congested(self, peer: str) -> bool:
         return self.congested

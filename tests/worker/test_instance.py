@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+from types import MappingProxyType
 from typing import Any
 
 import msgpack
 import pytest
 
-from channel_layer.codec import encode_event
+from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import FlowControlError
 from channel_layer.frames import FrameKind, Outcome
 from channel_layer.turns import Turns
@@ -116,6 +117,45 @@ async def test_a_response_and_its_end() -> None:
     assert await bench.settle() == [START, body(b"hello")]
     assert await bench.over() is Outcome.RETURNED
     assert "ended, COMPLETE" in repr(bench.instance)
+
+
+async def test_websocket_messages_may_travel_with_equal_ones_and_nothing_else_does() -> None:
+    sent = [
+        {"type": "websocket.accept"},
+        {"type": "websocket.send", "text": "one"},
+        {"type": "websocket.send", "bytes": b"two"},
+        {"type": "websocket.send", "bytes": b"." * 100_000},
+        {"type": "websocket.send", "text": "three", "bytes": None},
+        {"type": "websocket.close"},
+    ]
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        for event in sent:
+            await send(event)
+
+    bench = Bench(application, websocket_scope())
+    assert [event["type"] for event in await bench.settle()] == [event["type"] for event in sent]
+    assert [decode_event(payload) for payload in bench.link.shareable] == [
+        {"type": "websocket.send", "text": "one"},
+        {"type": "websocket.send", "bytes": b"two"},
+        {"type": "websocket.send", "text": "three"},
+    ]
+    # Each behind the last frame of this connection whose order counts.
+    assert bench.link.behind == [1, 2, 5]
+
+
+async def test_a_message_that_no_client_can_get_is_refused_where_it_is_sent() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "websocket.accept"})
+        for wrong in ({"text": "\ud800"}, {"text": 1}, {"text": "a", "bytes": b"b"}, {}):
+            with pytest.raises(InvalidEvent):
+                await send({"type": "websocket.send", **wrong})
+        with pytest.raises(InvalidEvent):
+            await send(["websocket.send"])
+        await send(MappingProxyType({"type": "websocket.send", "text": "right"}))
+
+    bench = Bench(application, websocket_scope())
+    assert (await bench.settle())[1:] == [{"type": "websocket.send", "text": "right"}]
 
 
 async def test_start_and_body_leave_in_one_turn_and_send_does_not_wait() -> None:

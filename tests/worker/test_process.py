@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -712,6 +713,19 @@ async def test_stop_tells_of_applications_that_refuse_to_end(
     go.set()
     await turns()
     assert bench.process.instances() == []
+
+
+def test_python_looks_for_garbage_less_often_unless_the_application_has_its_own_idea() -> None:
+    before = gc.get_threshold()
+    try:
+        process_module.spare_collections()
+        assert gc.get_threshold() == (process_module.GC_THRESHOLD, *before[1:])
+        gc.set_threshold(1234, 5, 6)
+        process_module.spare_collections()
+        assert gc.get_threshold() == (1234, 5, 6)
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 async def test_statistics_and_repr(bench: Bench) -> None:
