@@ -63,11 +63,11 @@ def test_the_next_renewal_writes_the_new_value(broker_server: BrokerServer) -> N
 
 def test_the_period_is_kept(broker_server: BrokerServer) -> None:
     keeper = LeaseKeeper(broker_server.url, "lease", b"value", period_s=0.1)
-    keeper.start()
-    until(lambda: keeper.statistics().renewal_count == 1)
     started = time.monotonic()
-    until(lambda: keeper.statistics().renewal_count == 6)
-    assert 0.4 < time.monotonic() - started < 1.5
+    keeper.start()
+    until(lambda: keeper.statistics().renewal_count >= 6)
+    # Never ahead of its schedule; how far behind is a matter of the machine.
+    assert time.monotonic() - started >= 0.5
     keeper.stop()
 
 

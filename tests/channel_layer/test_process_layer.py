@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import itertools
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from redis.exceptions import OutOfMemoryError
 
 from channel_layer.codec import encode_message
 from channel_layer.encryption import Cipher
-from channel_layer.errors import BrokerUnavailable, ChannelFull, InvalidName
+from channel_layer.errors import BrokerError, BrokerUnavailable, ChannelFull, InvalidName
 from channel_layer.frames import build_credit, build_event
 from channel_layer.leases import tell_death
 from channel_layer.process_layer import RedisProcessLayer
@@ -503,6 +505,50 @@ async def test_nobody_dies_of_an_outage_or_of_lost_leases(broker_server: BrokerS
         await worker_heard.until(lambda: len(worker_heard.frames) == 2)
         assert heard.ended == worker_heard.ended == []
         assert interface.statistics().liveness.dead_count == 0
+
+
+async def test_no_error_of_a_lost_connection_stays_unread(broker_server: BrokerServer) -> None:
+    """Whatever is under way, and whoever is cancelled meanwhile: asyncio reports errors that nobody has looked at."""
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    url = broker_server.url
+    async with (
+        started(url, "interface") as (interface, _),
+        started(url) as (worker, _),
+        started(url) as (other, _),
+    ):
+        there, here = f"interface.{interface.process_id}!1", await other.new_channel()
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: worker.send("normal", HELLO),
+            lambda: worker.send(here, HELLO),
+            lambda: worker.receive("normal"),
+            lambda: worker.group_add("room", there),
+            lambda: worker.group_add("room", here),
+            lambda: other.group_discard("room", here),
+            lambda: worker.group_send("room", HELLO),
+            lambda: interface.find_openings("http.request", [b"x", b"y"]),
+            lambda: interface.push_opening("http.request", b"x"),
+            lambda: other.take_openings("http.request", 2),
+        ]
+
+        async def call_on(number: int) -> None:
+            for round_ in itertools.count():
+                with contextlib.suppress(TimeoutError, BrokerUnavailable, BrokerError, ChannelFull):
+                    async with asyncio.timeout((0.001, 0.01, 0.1, 1.0)[(number + round_) % 4]):
+                        await calls[(number + 3 * round_) % len(calls)]()
+
+        callers = [asyncio.create_task(call_on(number)) for number in range(20)]
+        with broker_server.client() as redis:
+            for number in range(200):
+                await asyncio.sleep(number % 20 / 1000)  # some meet connections that are being made ready
+                redis.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+        for caller in callers:
+            caller.cancel()
+        await asyncio.wait(callers)
+        assert all(caller.cancelled() for caller in callers)
+        del callers
+    gc.collect()
+    assert reported == []
 
 
 async def test_nobody_dies_while_the_broker_is_full(valkey_program: str) -> None:
