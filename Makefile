@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
 # Most tests wait for processes, not for the processor.
-JOBS ?= 3
+JOBS ?= 4
 
 .PHONY: run test style types tests compose-test autobahn soak bench bench-readme bench-capacity conformance format clean
 
@@ -25,7 +25,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 tests: $(VENV)/.dev
-	$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 compose-test: $(VENV)/.dev  ## needs a running Docker engine with Compose v2
 	TRUNKLINE_COMPOSE_TEST=1 $(BIN)/pytest -m docker --timeout 900 tests/system/test_compose.py

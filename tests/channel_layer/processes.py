@@ -13,7 +13,7 @@ from channel_layer.process_layer import RedisProcessLayer
 __all__ = ["PATIENCE_S", "RecordingListener", "started", "until", "vanish"]
 
 # Reached only when something is broken.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class RecordingListener:

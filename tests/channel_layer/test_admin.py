@@ -26,7 +26,7 @@ async def server() -> AsyncIterator[AdminServer]:
 async def ask(server: AdminServer, request: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(request)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         answer = await reader.read()
     writer.close()
     return answer
@@ -119,7 +119,7 @@ async def test_close_drops_who_is_there_and_may_come_twice(server: AdminServer) 
     assert await ask(server, b"GET /healthz HTTP/1.1\r\n\r\n")
     await server.close()
     await server.close()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         assert await reader.read() == b""
     writer.close()
     assert "closed, 1 answers" in repr(server)

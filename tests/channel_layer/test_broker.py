@@ -844,7 +844,7 @@ async def test_a_caller_with_a_shorter_timeout_than_connecting_takes_gets_connec
         reader = broker.open_reader()
         await broker.call("RPUSH", "list", "x")
         popped = None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while popped is None:
                 pop = asyncio.ensure_future(reader.pop(["list"], 1))
                 await asyncio.sleep(0)

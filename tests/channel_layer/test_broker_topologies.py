@@ -19,9 +19,10 @@ from channel_layer.sharding import slot_of
 from tests.channel_layer.test_broker import LOST, RESTORED, RESTORED_EMPTY, Changes, connected, until, until_blocked
 from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards
 
-# From the moment that the new master is there; three times the promise of one second.
-RESUME_S = 3.0
-PATIENCE_S = 20.0
+# From the moment that the new master is there: the promise is one second, and a machine with one processor for all the
+# servers and clients of a test, and for other tests, needs more.
+RESUME_S = 10.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ async def test_a_planned_failover_wakes_readers_and_loses_no_data(sentinels: Sen
         await asyncio.to_thread(sentinels.wait_for_failover)
         # Until the old master is told that it is a replica, it goes on taking writes.
         await until(lambda: str(sentinels.replica.port) in str(broker.shards[0]), PATIENCE_S)
-        await broker.wait_reachable(RESUME_S)
+        await resumed(broker, "after", RESUME_S)
         assert await broker.call("GET", "before") == b"x"
         await broker.call("RPUSH", "list", "y")
         async with asyncio.timeout(RESUME_S):

@@ -130,7 +130,7 @@ async def main():
         assert json.loads(await each.receive_from(timeout=10)) == {"message": "without the first"}
         await each.disconnect(timeout=10)
     # A cancelled receive() ends on the layer's thread a moment after it did here.
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while (statistics := await get_channel_layer().statistics()).local_channels.receivers:
             await asyncio.sleep(0.01)
     assert statistics.groups.members == 0, statistics

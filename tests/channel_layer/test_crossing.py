@@ -11,7 +11,7 @@ import pytest
 from channel_layer.crossing import call_on
 from channel_layer.errors import BrokerUnavailable
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ class Member:
             self.links.send(peer, build_group_send(str(number), b"." * size))
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
@@ -110,7 +110,7 @@ class Member:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for something that no callback tells."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - there is nothing to wait on
             await asyncio.sleep(0.001)
 

@@ -117,7 +117,7 @@ async def test_a_life(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def beats(life: ProcessLife, count: int) -> None:
     wanted = life.beat_count + count
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while life.beat_count < wanted:  # noqa: ASYNC110 - nobody is told of a beat
             await asyncio.sleep(0.005)
 

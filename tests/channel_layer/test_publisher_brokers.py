@@ -16,7 +16,7 @@ from channel_layer.sharding import slot_of, static_shard
 from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards
 
 CHANNELS = [f"work.{n}" for n in range(20)]
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

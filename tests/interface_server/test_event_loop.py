@@ -113,7 +113,7 @@ def test_a_socket_that_is_reset_right_behind_its_data_is_lost():
             client.sendall(b"data")
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
-            print(await asyncio.wait_for(lost, 5))
+            print(await asyncio.wait_for(lost, 30))
             await port.stopListening().asFuture(asyncio.get_running_loop())
             return 0
 

@@ -104,13 +104,13 @@ class Setting:
         return client, self.factory.made[-1]
 
     async def until(self, condition):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
     async def read(self, client, count):
         data = b""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(data) < count:
                 piece = await self.loop.sock_recv(client, 65536)
                 assert piece, f"ended after {len(data)} bytes"

@@ -117,7 +117,7 @@ class ScriptedLayer:
     async def until(self, condition):
         while not condition():
             self.changed.clear()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await self.changed.wait()
 
 
@@ -234,7 +234,7 @@ async def test_stop_closes_websockets_and_lets_a_request_finish(serve):
             served.layer.send(number, {"type": "http.response.body", "body": b"and ended", "more_body": False})
             served.layer.end(number)
             assert await response.aread() == b"begun and ended"
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, 30)
     assert served.layer.is_stopped
 
 
@@ -249,7 +249,7 @@ async def test_stop_cuts_a_request_that_does_not_finish(serve, second_signal):
             at_once.set()
         with pytest.raises(httpx.TransportError):
             await response.aread()
-        await asyncio.wait_for(stopping, 5)
+        await asyncio.wait_for(stopping, 30)
     assert {"type": "http.disconnect"} in [event for _, event in served.layer.received]
 
 

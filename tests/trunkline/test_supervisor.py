@@ -22,7 +22,7 @@ from trunkline.reload import SourceWatch
 from trunkline.supervisor import ProcessSpec, Role, Supervisor
 from trunkline.terminal import TerminalWatch
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 READY = "import os, sys, time; os.write(int(os.environ['TRUNKLINE_STATUS_FD']), b'ready\\n'); "
 STAYS = READY + "time.sleep(60)"
 

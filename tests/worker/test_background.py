@@ -274,7 +274,7 @@ async def test_on_a_layer_a_stop_leaves_the_rest_in_the_channel() -> None:
     background.start()
     for number in (1, 2):
         await layer.send("jobs", job(number))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not work.begun:
             await turns()
     stopping = asyncio.create_task(background.stop(5))

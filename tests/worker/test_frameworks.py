@@ -75,7 +75,7 @@ class Client:
         return self.interface.events
 
     async def over(self) -> Outcome | None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while self.process.instances():
                 await self.settle()
         await self.settle()

@@ -469,7 +469,7 @@ async def test_an_unexpected_error_ends_the_worker_instead_of_leaving_it_idle() 
     error = RuntimeError("a fault of ours")
     bench.layer.fail_next_take(error)
     bench.process.start()
-    assert await asyncio.wait_for(bench.process.wait_failed(), 5) is error
+    assert await asyncio.wait_for(bench.process.wait_failed(), 30) is error
     await bench.process.stop(0)
 
 
@@ -668,7 +668,7 @@ async def test_stop_at_once_closes_websockets_at_once(bench: Bench) -> None:
     await turns()
     assert bench.application.events == [CONNECT]
     at_once.set()
-    assert await asyncio.wait_for(stopping, 5) == 0
+    assert await asyncio.wait_for(stopping, 30) == 0
     assert bench.application.events[-1]["code"] == 1012
 
 
@@ -687,7 +687,7 @@ async def test_stop_at_once_does_not_wait(bench: Bench) -> None:
     await turns()
     assert not stopping.done()
     at_once.set()
-    await asyncio.wait_for(stopping, 5)
+    await asyncio.wait_for(stopping, 30)
 
 
 async def test_stop_tells_of_applications_that_refuse_to_end(

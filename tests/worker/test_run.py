@@ -253,7 +253,7 @@ async def test_a_second_signal_ends_the_process_at_once_although_a_thread_is_stu
     assert worker.process.poll() is None
     # A supervised process takes a second SIGTERM for one that systemd sends to all: this one has a pipe.
     worker.process.send_signal(signal.SIGINT)
-    status, out, _ = await asyncio.wait_for(asyncio.to_thread(worker.end), 5)
+    status, out, _ = await asyncio.wait_for(asyncio.to_thread(worker.end), 30)
     assert status == 1
     assert "lifespan.shutdown" not in out
 
