@@ -19,8 +19,8 @@ from channel_layer.sharding import slot_of
 from tests.channel_layer.test_broker import LOST, RESTORED, RESTORED_EMPTY, Changes, connected, until, until_blocked
 from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards
 
-# From the moment that the new master is there: the promise is one second, and a machine with one processor for all the
-# servers and clients of a test, and for other tests, needs more.
+# From the moment that the new master is there: the promise is one second; a machine that has few processors for all
+# the servers and clients of a test, and for other tests, needs more.
 RESUME_S = 10.0
 PATIENCE_S = 60.0
 

@@ -27,8 +27,8 @@ from tests.channel_layer.processes import PATIENCE_S, RecordingListener, started
 from tests.channel_layer.test_redis_layer import messages_of
 from tests.servers import BrokerServer, ClusterServers, SentinelServers, shards
 
-# From the moment that the new master is there: the promise is one second, and a machine with one processor for all the
-# servers and clients of a test, and for other tests, needs more.
+# From the moment that the new master is there: the promise is one second; a machine that has few processors for all
+# the servers and clients of a test, and for other tests, needs more.
 RESUME_S = 10.0
 
 
