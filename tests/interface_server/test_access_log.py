@@ -27,6 +27,27 @@ def test_http_line_with_and_without_the_application_s_time(lines):
     assert log.line_count == 2
 
 
+def test_a_record_is_one_that_handlers_of_all_kinds_can_format(lines, caplog):
+    AccessLog().websocket_closed(client=CLIENT, raw_path=b"/%s", query_string=b"%d", code=1000)
+    (record,) = caplog.records
+    shown = logging.Formatter("%(name)s %(levelname)s %(module)s %(funcName)s %(message)s").format(record)
+    assert shown == ('trunkline.access INFO access_log AccessLog 127.0.0.1:5000 - "WebSocket /%s?%d" [closed 1000]')
+
+
+def test_filters_of_the_logger_are_asked(lines):
+    logger = logging.getLogger("trunkline.access")
+
+    def refuse(record):
+        return False
+
+    logger.addFilter(refuse)
+    try:
+        AccessLog().websocket_accepted(client=CLIENT, raw_path=b"/", query_string=b"")
+    finally:
+        logger.removeFilter(refuse)
+    assert lines() == []
+
+
 def test_websocket_lines(lines):
     log = AccessLog()
     socket = {"client": CLIENT, "raw_path": b"/ws", "query_string": b"r=1"}
