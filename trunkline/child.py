@@ -163,6 +163,11 @@ class Child:
             ready.set_result(False)
         return status
 
+    def unsaid_goodbye(self, status: int) -> str:
+        """The id of the process, which has ended with ``status``, if the others do not know that; else ""."""
+        has_said_it = status == 0 and self._word is StatusWord.DRAINING
+        return "" if has_said_it else self.process_id
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if there is a process."""
         if self.alive and self.process is not None:

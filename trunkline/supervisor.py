@@ -293,7 +293,10 @@ class Supervisor:
             was_ready = child.is_ready
             if self._stop_requested.is_set():
                 return
-            self._run_in_background(self._tell(child, status), f"tell the death of {child.spec.title}")
+            # Which process that was is said now: the next one will have another id.
+            self._run_in_background(
+                self._tell(child.spec.title, child.unsaid_goodbye(status)), f"tell the death of {child.spec.title}"
+            )
             # One that could not reach a broker that answered a moment ago is tried again, as one that runs would try.
             is_final = not was_ready and not child.is_broker_away and child.spec.role is not Role.BROKER
             if is_final and self.phase is Phase.STARTING:
@@ -307,19 +310,16 @@ class Supervisor:
                 child.deaths_in_a_row = 0
             await self._start_another(child, _how_it_ended(status))
 
-    async def _tell(self, child: Child, status: int) -> None:
-        """Tell the others that a process is no more, unless it has said goodbye itself."""
-        process_id = child.process_id
-        if self._tell_death is None or not process_id or status == 0:
+    async def _tell(self, title: str, process_id: str) -> None:
+        """Tell the others that a process is no more."""
+        if self._tell_death is None or not process_id:
             return
         if self.phase is Phase.STOPPING and self.broker is not None:
             return  # the others stop, too
         try:
             await asyncio.to_thread(self._tell_death, process_id)
         except (OSError, BrokerError, ValueError) as error:
-            logger.warning(
-                "%s (%s): its death could not be told, its lease will: %s", child.spec.title, process_id, error
-            )
+            logger.warning("%s (%s): its death could not be told, its lease will: %s", title, process_id, error)
 
     async def _start_another(self, child: Child, what_happened: str) -> None:
         """Wait, and start a process, until that succeeds."""
@@ -461,7 +461,7 @@ class Supervisor:
     async def _end(self, child: Child, number: signal.Signals, timeout_s: float) -> None:
         await child.end(number, timeout_s)
         if child.process is not None and child.process.returncode is not None:
-            await self._tell(child, child.process.returncode)
+            await self._tell(child.spec.title, child.unsaid_goodbye(child.process.returncode))
 
     async def _stop(self) -> None:
         """Interface servers first, so that clients hear of it; then the workers; the broker carries both."""

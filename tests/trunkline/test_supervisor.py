@@ -135,19 +135,31 @@ def names_itself(process_id: str, then: str) -> str:
 async def test_a_death_without_a_goodbye_is_told_and_another_end_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 0.05)
     told: list[str] = []
-    specs = [script(names_itself("w1", "time.sleep(60)")), script(names_itself("w2", "sys.exit(0)"), number=2)]
+    drains = "os.write(int(os.environ['TRUNKLINE_STATUS_FD']), b'draining\\n'); sys.exit(0)"
+    specs = [script(names_itself("w1", "time.sleep(60)")), script(names_itself("w2", drains), number=2)]
     supervisor = Supervisor(specs, tell_death=told.append)
     first, second = supervisor.children
     async with running(supervisor):
         await until(lambda: supervisor.phase is module.Phase.RUNNING)
         assert first.process is not None
-        os.kill(first.process.pid, signal.SIGKILL)
+        pid = first.process.pid
+        os.kill(pid, signal.SIGKILL)
         await until(lambda: told == ["w1"])
         deaths = second.deaths_in_a_row
         await until(lambda: second.deaths_in_a_row > deaths)
         assert told == ["w1"]
-        await until(lambda: first.is_ready)
-    assert told == ["w1", "w1"]  # such a script ends by the signal itself, and that is a death, too
+        await until(lambda: first.is_ready and first.process.pid != pid)
+    assert told.count("w1") == 2  # such a script ends by the signal itself, and that is a death, too
+
+
+async def test_an_end_with_status_0_in_the_midst_of_work_is_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    """os._exit(0) in a view, say."""
+    monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 0.05)
+    told: list[str] = []
+    supervisor = Supervisor([script(names_itself("w1", "sys.exit(0)"))], tell_death=told.append)
+    async with running(supervisor):
+        await until(lambda: len(told) >= 2)
+    assert set(told) == {"w1"}
 
 
 async def test_a_death_that_cannot_be_told_is_logged_and_replaced_as_any(
