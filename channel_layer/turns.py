@@ -27,11 +27,13 @@ _LOGGER: Final = logging.getLogger("trunkline.channel_layer")
 class Turns:
     """One for a process."""
 
-    __slots__ = ("_call_soon", "_is_called", "_waiting")
+    __slots__ = ("_call_later", "_is_called", "_waiting")
 
-    def __init__(self, call_soon: Callable[[Callable[[], None]], Any] | None = None) -> None:
-        """``call_soon``: of the loop that runs; None: asyncio's."""
-        self._call_soon = call_soon
+    def __init__(self, call_later: Callable[[Callable[[], None]], Any] | None = None) -> None:
+        """``call_later`` calls back in the next turn of the loop, or behind a pause, which bounds what they
+        all have of the loop together. None: asyncio's call_soon.
+        """
+        self._call_later = call_later
         # Bounded by the sockets, or the instances: each waits here once at most, and nothing more comes from a paused
         # socket meanwhile.
         self._waiting: deque[Callable[[], None]] = deque()
@@ -54,7 +56,7 @@ class Turns:
             self._call()
 
     def _call(self) -> None:
-        (self._call_soon or asyncio.get_running_loop().call_soon)(self._next)
+        (self._call_later or asyncio.get_running_loop().call_soon)(self._next)
 
     def _next(self) -> None:
         try:

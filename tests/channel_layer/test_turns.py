@@ -80,3 +80,23 @@ async def test_what_others_have_called_soon_comes_between():
         asyncio.get_running_loop().call_soon(served.append, "other")
         await asyncio.sleep(0)
     assert served == ["a", "other"] * 3
+
+
+def test_a_pause_bounds_what_all_of_them_have_of_the_loop():
+    now, busy, calls = 0.0, 0.0, []
+    turns = Turns(lambda call: calls.append((now + 0.002, call)))
+
+    def go_on():
+        nonlocal now, busy
+        now += 0.0005
+        busy += 0.0005
+        turns.wait(go_on)
+
+    for _ in range(100):
+        turns.wait(go_on)
+    while now < 1.0:
+        (at, call), *calls = calls  # there is never more than one
+        assert not calls
+        now = max(now, at)
+        call()
+    assert 0.19 < busy < 0.21

@@ -1,5 +1,6 @@
 """Opening the listening socket in every way the settings allow."""
 
+import contextlib
 import os
 import socket
 import stat
@@ -9,7 +10,14 @@ import pytest
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactor
 
-from interface_server.listening import activated_descriptor, adopt, describe, open_listeners, open_listening_socket
+from interface_server.listening import (
+    UNSENT_BYTES_MAX,
+    activated_descriptor,
+    adopt,
+    describe,
+    open_listeners,
+    open_listening_socket,
+)
 from interface_server.ports import TURN_ACCEPTS_MAX
 from interface_server.settings import InterfaceSettings
 
@@ -166,3 +174,21 @@ def test_few_are_accepted_in_a_turn_and_all_at_the_end(kind, tmp_path):
         assert len(accepted) == len(clients)
         for each in (*clients, *(transport.socket for transport in accepted), port.socket):
             each.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="a kernel that cannot be told")
+def test_the_kernel_takes_little_for_a_client_that_reads_nothing():
+    with listen(port=0) as listening:
+        port = adopt(MemoryReactor(), listening, Factory())
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(listening.getsockname())
+            accepted, _ = port.socket.accept()
+            with accepted:
+                accepted.setblocking(False)
+                taken = 0
+                with contextlib.suppress(BlockingIOError):
+                    while taken < 100 * UNSENT_BYTES_MAX:
+                        taken += accepted.send(bytes(65536))
+                assert UNSENT_BYTES_MAX <= taken < 2 * UNSENT_BYTES_MAX
+        port.socket.close()

@@ -1,5 +1,9 @@
 """How long the neighbours of rude clients wait, compared with a quiet time. Only printed: the machine decides, too.
 
+A rude client is a program that needs the same cores. So each kind is compared with two times: one in which nobody is
+rude, and one in which a process takes as much CPU as this rude client took, and does nothing with it. The second is
+what the server adds. Quiet times are measured again and again, since a machine has moods; the one before counts.
+
 The rude clients, and how each of them ends, are in tests/system/test_rude_clients.py; here some of each kind go on
 for some seconds, in a process of their own, while clients beside them measure.
 """
@@ -11,7 +15,7 @@ import threading
 import time
 from types import SimpleNamespace
 
-from tests.system.processes import Served
+from tests.system.processes import Served, cpu_s
 from tests.system.test_rude_clients import HEAD, open_socket, open_websocket
 
 APP = "tests.system.applications:application"
@@ -19,6 +23,7 @@ EACH_S = 6.0
 SETTLE_S = 2.0  # until the rude ones have begun; what is measured before does not count
 NEIGHBOURS = 10
 PAUSE_S = 0.02
+BUSY_PERIOD_S = 0.01  # in which a process that only takes CPU works once and sleeps once
 
 
 def flood_pings(served):
@@ -85,6 +90,15 @@ def _read(client):
             pass
 
 
+def _be_busy(share):
+    """Take so much of a core, and do nothing with it."""
+    while True:
+        begun = time.process_time()
+        while time.process_time() - begun < share * BUSY_PERIOD_S:
+            pass
+        time.sleep((1 - share) * BUSY_PERIOD_S)
+
+
 def _be_rude(kind, port):
     rude, count = KINDS[kind]
     served = SimpleNamespace(port=port)
@@ -120,23 +134,38 @@ async def _measure(port):
     return sorted(waits_s)
 
 
+def _beside(port, target, *arguments):
+    """Measure beside a process that runs ``target``; return the waits, and how much of a core it took."""
+    if target is None:
+        return asyncio.run(_measure(port)), 0.0
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments, daemon=True)
+    process.start()
+    try:
+        waits_s = asyncio.run(_measure(port))
+        share = min(1.0, cpu_s(process.pid) / EACH_S)
+    finally:
+        process.kill()
+        process.join()
+    return waits_s, share
+
+
+def _show(who, waits_s, compared):
+    p50_s, p99_s = (waits_s[int(len(waits_s) * part)] for part in (0.5, 0.99))
+    ratios = ", ".join(f"{p99_s / other_s:4.1f} times the {name} one" for name, other_s in compared)
+    print(
+        f"{who:40} p50 {p50_s * 1000:6.1f} ms, p99 {p99_s * 1000:6.1f} ms{', ' if ratios else ''}{ratios}, "
+        f"of {len(waits_s)} requests",
+        flush=True,
+    )
+    return p99_s
+
+
 def run():
     """Print the neighbours' p99, quiet and beside each kind of rude client."""
-    context = multiprocessing.get_context("spawn")
     with Served(APP, "--workers", "2", "--no-access-log") as served:
-        quiet_s = None
-        for kind in (None, *KINDS):
-            process = None
-            if kind is not None:
-                process = context.Process(target=_be_rude, args=(kind, served.port), daemon=True)
-                process.start()
-            try:
-                waits_s = asyncio.run(_measure(served.port))
-            finally:
-                if process is not None:
-                    process.kill()
-                    process.join()
-            p99_s = waits_s[int(len(waits_s) * 0.99)]
-            quiet_s = quiet_s or p99_s
-            shown = f"p99 {p99_s * 1000:6.1f} ms, {p99_s / quiet_s:4.1f} times the quiet one"
-            print(f"neighbours of {kind or 'nobody':28} {shown}, of {len(waits_s)} requests", flush=True)
+        for kind in KINDS:
+            quiet_s = _show("neighbours of nobody", _beside(served.port, None)[0], ())
+            rude_waits_s, share = _beside(served.port, _be_rude, kind, served.port)
+            busy_waits_s, _ = _beside(served.port, _be_busy, share)
+            busy_s = _show(f"… of a process that takes {share:4.0%} CPU", busy_waits_s, [("quiet", quiet_s)])
+            _show(f"… of {kind}", rude_waits_s, [("quiet", quiet_s), ("busy", busy_s)])

@@ -156,6 +156,12 @@ def memory_bytes(pid):
     raise AssertionError(f"no VmRSS for {pid}")
 
 
+def cpu_s(pid):
+    """CPU that a process has taken by now."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def wait_until(condition, timeout_s, what):
     """Poll a condition that nobody announces (another process's state) until it holds."""
     deadline = time.monotonic() + timeout_s
