@@ -12,7 +12,6 @@ of this: its connections take their messages themselves.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
@@ -56,15 +55,18 @@ class _Waiting:
 
 
 class _Channel:
-    """Exists while it holds messages, has waiting calls or is suspected to be abandoned."""
+    """Exists while it holds messages, has waiting calls or is suspected to be abandoned; and up to the next sweep.
+
+    Most readers come again at once, so it is not made anew for each message.
+    """
 
     __slots__ = ("messages", "receivers", "unread_since")
 
     def __init__(self) -> None:
-        # Oldest first; bounded by the channel's capacity.
-        self.messages: deque[_Waiting] = deque()
+        # Oldest first; bounded by the channel's capacity. Lists, for an empty deque takes 600 bytes.
+        self.messages: list[_Waiting] = []
         # One for each waiting call; never non-empty together with messages.
-        self.receivers: deque[asyncio.Future[_Waiting]] = deque()
+        self.receivers: list[asyncio.Future[_Waiting]] = []
         # When a message expired here for the first time since the last receive().
         self.unread_since: float | None = None
 
@@ -98,7 +100,7 @@ class LocalChannels:
     def statistics(self) -> LocalChannelsStatistics:
         channels = self._channels.values()
         return LocalChannelsStatistics(
-            channels=len(channels),
+            channels=len(self.names()),
             messages=sum(len(channel.messages) for channel in channels),
             receivers=sum(len(channel.receivers) for channel in channels),
             expired_count=self._expired_count,
@@ -108,7 +110,7 @@ class LocalChannels:
 
     def names(self) -> list[str]:
         """Return the channels that somebody waits at, or where something waits."""
-        return list(self._channels)
+        return [channel for channel, state in self._channels.items() if state.messages or state.receivers]
 
     def store(self, channel: str, encoded: bytes) -> None:
         """Append a message that this process sends to itself. Raises ChannelFull."""
@@ -142,19 +144,22 @@ class LocalChannels:
             else:
                 self._dropped_count += 1
 
+    def is_known(self, channel: str) -> bool:
+        """True for a channel whose name has been looked at lately: somebody receives from it, or something waits."""
+        return channel in self._channels
+
     async def receive(self, channel: str) -> bytes:
         """Wait for the next message of ``channel``. A cancelled call leaves it to the next reader."""
         state = self._channels.get(channel)
-        if state is not None:
+        if state is not None and state.messages:
             state.unread_since = None
             self._drop_expired(channel, state)
             if state.messages:
-                waiting = self._take_first(channel, state)
-                self._forget_if_idle(channel, state)
-                return waiting.encoded
+                return self._take_first(channel, state).encoded
             state = self._channels.get(channel)
         if state is None:
             state = self._channels[channel] = _Channel()
+        state.unread_since = None
         receiver: asyncio.Future[_Waiting] = self._loop.create_future()
         state.receivers.append(receiver)
         try:
@@ -216,10 +221,9 @@ class LocalChannels:
         if state is None:
             return False
         while state.receivers:
-            receiver = state.receivers.popleft()
+            receiver = state.receivers.pop(0)
             if not receiver.done():  # else it was cancelled, and its call has not run since
                 receiver.set_result(waiting)
-                self._forget_if_idle(channel, state)
                 return True
         return False
 
@@ -246,7 +250,7 @@ class LocalChannels:
         if state is None:
             state = self._channels[channel] = _Channel()
         self._unread += not state.messages
-        state.messages.appendleft(waiting)
+        state.messages.insert(0, waiting)
         self._count(channel, waiting)
 
     def _count(self, channel: str, waiting: _Waiting) -> None:
@@ -255,7 +259,7 @@ class LocalChannels:
             self._shares[name] = self._shares.get(name, 0) + 1
 
     def _take_first(self, channel: str, state: _Channel) -> _Waiting:
-        waiting = state.messages.popleft()
+        waiting = state.messages.pop(0)
         self._unread -= not state.messages
         if waiting.counted:
             name = non_local_name(channel)

@@ -454,6 +454,19 @@ class RedisProcessLayer(ChannelsBackend):
 
     async def receive(self, channel: str) -> DecodedMessage:
         """See base.ChannelLayer. Waits through outages of the broker. A local channel must be of this process."""
+        known = self._parts
+        if (
+            known is not None
+            and type(channel) is str
+            and known.local.is_known(channel)
+            and asyncio.get_running_loop() is known.loop
+        ):
+            # The short way of a consumer that comes again.
+            try:
+                return decode_event(await known.local.receive(channel))
+            except WireError:
+                self._malformed_count += 1
+                logger.exception("a message of channel %s was dropped", channel)
         check_channel_name(channel)
         parts = self._started()
         process = process_of(channel)

@@ -45,6 +45,7 @@ from worker.instance import CURRENT_INSTANCE, Instance, Phase
 from worker.lifespan import Lifespan, LifespanFailed
 from worker.loading import ApplicationError, load_application, prepare_import
 from worker.settings import HTTP_CHANNEL, WEBSOCKET_CHANNEL, WorkerSettings
+from worker.thread_calls import loop_class
 
 __all__ = ["GC_THRESHOLD", "WorkerProcess", "WorkerStatistics", "run", "spare_collections"]
 
@@ -658,9 +659,8 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     try:
         import uvloop
     except ImportError:  # not made for every platform
-        return asyncio.new_event_loop
-    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
-    return factory
+        return loop_class(asyncio.SelectorEventLoop)
+    return loop_class(uvloop.Loop)
 
 
 async def _serve(settings: WorkerSettings, pipe: StatusPipe) -> int:
