@@ -6,12 +6,20 @@ import os
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.servers import BrokerServer, find_redis_server, find_valkey_server
 
 # .ci/run sets it: it installs whatever a test may need, so there a skip means that something is not tested.
 NO_SKIP = os.environ.get("CI_NO_SKIP") == "1"
+
+# The same examples in each run, and no deadline on a busy machine. To look for new ones, as often as you like:
+# pytest --hypothesis-profile default -k …
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config: pytest.Config) -> None:
