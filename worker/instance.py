@@ -615,9 +615,16 @@ class Instance:
         rest = iter(events)
         if not self._unsent and self._let_leave(rest):
             return
+        await self._until_left(rest)
+
+    async def _until_left(self, events: Iterator[dict[str, Any] | bytes]) -> None:
         waiter = self._loop.create_future()
-        self._unsent.append(_Sending(rest, waiter))
-        await waiter
+        self._unsent.append(_Sending(events, waiter))
+        try:
+            await waiter
+        finally:
+            # Its error has a traceback, which has this frame: a cycle, with all that the application holds.
+            del waiter
 
     async def _send_checkpoint(self, checkpoint: Checkpoint) -> None:
         flags = STATE_NOTIFY * checkpoint.notify + STATE_COMMIT * checkpoint.commit
@@ -628,9 +635,7 @@ class Instance:
         state = build_state(self.connection, self.epoch, self._received_count, flags, checkpoint.state)
         frames = self._frames_of_last_checkpoint(state) if is_last else iter((state,))
         if self._unsent or not self._let_leave(frames):
-            waiter = self._loop.create_future()
-            self._unsent.append(_Sending(frames, waiter))
-            await waiter
+            await self._until_left(frames)
 
     # Inside
 

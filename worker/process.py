@@ -47,7 +47,7 @@ from worker.loading import ApplicationError, load_application, prepare_import
 from worker.settings import HTTP_CHANNEL, WEBSOCKET_CHANNEL, WorkerSettings
 from worker.thread_calls import loop_class
 
-__all__ = ["GC_THRESHOLD", "WorkerProcess", "WorkerStatistics", "run", "spare_collections"]
+__all__ = ["GC_THRESHOLDS", "WorkerProcess", "WorkerStatistics", "run", "spare_collections"]
 
 logger = logging.getLogger("trunkline.worker")
 
@@ -81,14 +81,15 @@ FORCED_LEAVE_TIMEOUT_S: Final = 0.5
 # So many objects are made and not dropped before Python looks for cycles of garbage among them, instead of its own
 # 700. A broadcast that a thousand consumers carry out at once makes some fifty objects for each of them, all alive:
 # looking through them again and again took half of the worker's time (docs/decisions/0022). What cycles hold stays so
-# much longer: 50,000 objects are some 5 MB, and what hangs on them.
-GC_THRESHOLD: Final = 50_000
+# longer: 20,000 objects are some 2 MB, and what hangs on them; what was alive by chance when Python looked, five or
+# 25 times as long.
+GC_THRESHOLDS: Final = (20_000, 5, 5)
 # Threads for synchronous code (run_in_executor, to_thread, sync_to_async beside its one sensitive thread). Further
 # calls wait for a free one. asgiref's variable overrides it.
 THREADS_MAX: Final = 64
 THREADS_VARIABLE: Final = "ASGI_THREADS"
 
-_GC_THRESHOLDS: Final = gc.get_threshold()  # as Python starts with, whichever release
+_GC_THRESHOLDS_BEFORE: Final = gc.get_threshold()  # as Python starts with, whichever release
 
 _PROTOCOLS: Final[Mapping[str, str]] = {HTTP_CHANNEL: "http", WEBSOCKET_CHANNEL: "websocket"}
 
@@ -737,8 +738,8 @@ def spare_collections() -> None:
     """Call when everything is loaded: what exists stays, and is not looked through any more."""
     gc.collect()
     gc.freeze()
-    if gc.get_threshold() == _GC_THRESHOLDS:  # else the application has its own idea
-        gc.set_threshold(GC_THRESHOLD, *_GC_THRESHOLDS[1:])
+    if gc.get_threshold() == _GC_THRESHOLDS_BEFORE:  # else the application has its own idea
+        gc.set_threshold(*GC_THRESHOLDS)
 
 
 def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:

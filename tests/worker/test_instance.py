@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import logging
+import weakref
 from types import MappingProxyType
 from typing import Any
 
@@ -306,6 +308,35 @@ async def test_send_waits_for_the_client_and_no_frame_exceeds_the_window() -> No
     events = await bench.settle()
     assert sum(len(event.get("body", b"")) for event in events) == 64 * 32 * 1024
     assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_send_that_a_client_interrupts_leaves_no_garbage() -> None:
+    """Its error and its frame must not hold each other, or they hold what the application held until Python looks."""
+
+    class Held:
+        pass
+
+    held: list[weakref.ref[Held]] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        large = Held()
+        held.append(weakref.ref(large))
+        await send(START)
+        while True:
+            await send(body(bytes(32 * 1024), more_body=True))
+
+    bench = Bench(application)
+    await turns()
+    assert bench.instance.statistics().unsent_count == 1
+    gc.disable()
+    try:
+        bench.instance.client_gone()
+        await bench.over()
+        await turns()
+        del bench
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 async def test_one_large_body_moves_through_the_window() -> None:
