@@ -104,11 +104,12 @@ class LeaseKeeper:
         ttl_s: float = 2.5,
         on_outage: Callable[[Exception], None] | None = None,
         each_period: Callable[[], None] | None = None,
+        on_absence: Callable[[], None] | None = None,
     ) -> None:
         """``on_outage`` is called on the thread, once per outage; without it the outage is logged.
 
         ``each_period`` is called there behind each renewal, for what else must go on while the loop is blocked. It
-        may raise BrokerError and OSError.
+        may raise BrokerError and OSError. ``on_absence`` is called there when absence_count has grown.
 
         Raises ValueError for a bad URL.
         """
@@ -120,6 +121,7 @@ class LeaseKeeper:
         self._ttl_ms = int(ttl_s * 1000)
         self._on_outage = on_outage if on_outage is not None else self._log_outage
         self._each_period = each_period
+        self._on_absence = on_absence
         self._thread: threading.Thread | None = None
         self._is_stopping = threading.Event()
         self._drop = False
@@ -150,6 +152,10 @@ class LeaseKeeper:
             raise RuntimeError(f"{self!r} was started before")
         self._thread = threading.Thread(target=self._run, name=f"lease {self._key}", daemon=True)
         self._thread.start()
+
+    def renewal(self) -> tuple[str, str, bytes, str, int]:
+        """Return the command that takes or renews the lease."""
+        return "SET", self._key, self._value, "PX", self._ttl_ms
 
     def update(self, value: bytes) -> None:
         """Have the next renewal write this value."""
@@ -182,7 +188,7 @@ class LeaseKeeper:
                 self._may_have_moved = False
                 self._connection.close()
             try:
-                self._connection.execute("SET", self._key, self._value, "PX", self._ttl_ms)
+                self._connection.execute(*self.renewal())
             except (BrokerError, OSError) as error:
                 if not is_outage:
                     is_outage = True
@@ -200,6 +206,8 @@ class LeaseKeeper:
             self._is_stopping.wait(max(0.0, next_renewal - asleep_since))
             if (time.monotonic() - asleep_since) * 1000 > self._ttl_ms:
                 self.absence_count += 1
+                if self._on_absence is not None:
+                    self._on_absence()
         try:
             if self._drop and not is_outage:
                 self._connection.execute("DEL", self._key)

@@ -437,7 +437,12 @@ class RedisProcessLayer(ChannelsBackend):
             self.keys.lease(self.process_id),
             encode_lease(Lease(role=self.role, version=self._version)),
             each_period=self._tell_stalled,
+            on_absence=lambda: self._look_for_own_absence(parts),
         )
+        # Here, too, and not only from the thread, which has a connection of its own and is later: whoever hears of
+        # this process from what it says next finds it alive. If this fails, the thread goes on trying.
+        taking = self._broker.call(*parts.lease.renewal())
+        taking.add_done_callback(lambda call: call.cancelled() or call.exception())
         parts.lease.start()
 
     # The public API, from any loop
@@ -1047,6 +1052,11 @@ class RedisProcessLayer(ChannelsBackend):
     def _lease_renewed(self) -> float | None:
         parts = self._parts
         return None if parts is None or parts.lease is None else parts.lease.last_renewed
+
+    def _look_for_own_absence(self, parts: _Parts) -> None:
+        """On the lease's thread. At once: what this process takes up before it looks again is soon ended."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody there takes anything up
+            parts.loop.call_soon_threadsafe(self._notice_own_absence, parts)
 
     def _notice_own_absence(self, parts: _Parts) -> None:
         lease = parts.lease

@@ -105,7 +105,7 @@ def test_a_frozen_broker_is_an_outage_and_does_not_hold_stop(broker_server: Brok
     assert is_outage.wait(5)
     started = time.monotonic()
     keeper.stop()
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 4
     broker_server.resume()
     assert len(errors) == 1
     until(lambda: not keeper.statistics().is_running)

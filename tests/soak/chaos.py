@@ -34,6 +34,7 @@ class Chaos:
         self._is_noticed = True
         self._loss_lines = 0  # of the log
         self._rolls = 0
+        self._frozen = set()  # pids that stand still
         self._running = {}  # kind of event -> its task
         self.counts = {}
 
@@ -121,7 +122,9 @@ class Chaos:
     # Workers
 
     def _any_worker(self):
-        return self._chance.choice([pid for pid in self._served.pids("worker") if is_alive(pid)])
+        alive = [pid for pid in self._served.pids("worker") if is_alive(pid)]
+        # Not one that stands still already: the end of the shorter stop would be that of the longer, too.
+        return self._chance.choice([pid for pid in alive if pid not in self._frozen] or alive)
 
     async def stop_worker(self):
         pid, seconds = self._any_worker(), self._chance.uniform(*SHORT_FREEZE_S)
@@ -137,9 +140,11 @@ class Chaos:
 
     async def _freeze(self, pid, seconds):
         os.kill(pid, signal.SIGSTOP)
+        self._frozen.add(pid)
         try:
             await asyncio.sleep(seconds)
         finally:
+            self._frozen.discard(pid)
             if is_alive(pid):
                 os.kill(pid, signal.SIGCONT)
 

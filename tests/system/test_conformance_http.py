@@ -395,7 +395,7 @@ def test_a_client_that_leaves_before_the_response_is_noticed_at_once(served, cli
     begun = time.monotonic()
     client.reset()
     assert record(served, key)[1:] == [{"type": "http.disconnect"}, ["ClientDisconnected", True]]
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 4
 
 
 def test_a_client_that_leaves_right_behind_its_request_is_noticed_at_once(served, key):
@@ -412,7 +412,7 @@ def test_a_client_that_leaves_right_behind_its_request_is_noticed_at_once(served
         for number in range(20):
             if f"{key}{number}" in ast.literal_eval(asking.get(f"{served.url}/keys").text):
                 record(served, f"{key}{number}", asking.get)
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 4.5
 
 
 @pytest.mark.parametrize("how", ["reset", "close"])
@@ -426,7 +426,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_noticed_at_once(serve
         {"type": "http.disconnect"},
         ["ClientDisconnected", True],
     ]
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 4
 
 
 def test_a_client_that_leaves_in_the_middle_of_the_response_is_noticed_at_once(served, client, key):
@@ -435,7 +435,7 @@ def test_a_client_that_leaves_in_the_middle_of_the_response_is_noticed_at_once(s
     begun = time.monotonic()
     client.reset()
     assert record(served, key)[1:] == [{"type": "http.disconnect"}, ["ClientDisconnected", True]]
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 4
 
 
 @pytest.mark.parametrize("how", ["reset", "close"])

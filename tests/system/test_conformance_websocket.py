@@ -292,7 +292,7 @@ def test_a_client_that_is_lost(served, key, how):
     begun = time.monotonic()
     client.reset() if how == "reset" else client.socket.close()
     assert record(served, key) == [CONNECT, disconnect(1006), disconnect(1006), SENT_TOO_LATE]
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 4
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_an_application_that_closes_is_told_without_waiting_for_the_client(serve
         client.accepted()
         begun = time.monotonic()
         assert record(served, key) == [CONNECT, disconnect(4000), SENT_TOO_LATE]
-        assert time.monotonic() - begun < 1.5
+        assert time.monotonic() - begun < 4
         assert client.close_code() == 4000
 
 

@@ -169,7 +169,7 @@ def test_a_second_signal_ends_everything_at_once():
         began_at = time.monotonic()
         served.process.send_signal(signal.SIGTERM)
         served.wait_ended()
-        assert time.monotonic() - began_at < 3
+        assert time.monotonic() - began_at < 8
         hanging.join(10)
 
 

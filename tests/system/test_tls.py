@@ -207,11 +207,11 @@ def test_an_idle_connection_is_closed_with_a_close_notify(authority):
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_all(client).endswith(b"hello")
         with socket.create_connection(("127.0.0.1", running.port)) as silent:  # never shakes hands
-            silent.settimeout(10)
+            silent.settimeout(30)
             begun = time.monotonic()
             with pytest.raises(ConnectionResetError):
                 silent.recv(1)
-            assert time.monotonic() - begun < 8
+            assert time.monotonic() - begun < 20
 
 
 def test_a_client_that_vanishes_is_noticed(authority, served):
