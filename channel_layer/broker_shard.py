@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 __all__ = ["HEARTBEAT_S", "BrokerShard", "BrokerState", "Finder"]
 
 logger = logging.getLogger("trunkline.channel_layer")
+# Not Python's shared generator: a program that seeds it gets the numbers that it expects, whatever threads we have.
+_CHANCE: Final = random.SystemRandom()
 
 # Tries to reconnect: the first at once, then after a random half to whole of a wait that doubles up to this. Half of
 # it where somebody else becomes the master, which is to be noticed within a second.
@@ -466,7 +468,7 @@ class BrokerShard:
                 return
             # Jitter, because all processes lost the broker at the same instant.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait_s * random.uniform(0.5, 1.0)):
+                async with asyncio.timeout(wait_s * _CHANCE.uniform(0.5, 1.0)):
                     await self._moved.wait()
             wait_s = min(wait_s * 2, wait_max_s)
 

@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 
+from channel_layer.home import close_homes
 from tests.servers import BrokerServer, find_redis_server, find_valkey_server
 
 # .ci/run sets it: it installs whatever a test may need, so there a skip means that something is not tested.
@@ -71,6 +72,13 @@ def valkey_program() -> str:
 @pytest.fixture(scope="session")
 def redis_program() -> str:
     return _require(find_redis_server(), "redis-server")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_layers_left() -> Iterator[None]:
+    """The threads of layers that a test used would go on looking for its broker."""
+    yield
+    close_homes()
 
 
 @pytest.fixture
