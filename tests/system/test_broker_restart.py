@@ -75,7 +75,7 @@ async def test_killing_the_broker_loses_doubles_and_closes_nothing(kills):
                 await asyncio.to_thread(served.wait_for, "broker was ended by SIGKILL", 10, kill)
                 await answered(5 * SOCKETS)
             stop.set()
-            counts = await asyncio.gather(*talks)
-            assert min(counts) > 5
+            # Each ends with the answer that it waited for, or after it.
+            assert min(await asyncio.gather(*talks)) > 0
             assert await asyncio.gather(*downloads) == [LINES] * DOWNLOADS
             assert (await client.get(served.url)).text == "hello"

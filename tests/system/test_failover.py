@@ -56,7 +56,8 @@ class Load:
             for task in (*self._talks, *self._downloads):
                 task.cancel()
             return
-        assert min(await asyncio.gather(*self._talks)) > 5
+        # Each ends with the answer that it waited for, or after it.
+        assert min(await asyncio.gather(*self._talks)) > 0
         assert await asyncio.gather(*self._downloads) == [LINES] * DOWNLOADS
 
     async def answers(self, count):
