@@ -237,5 +237,5 @@ async def run_chaos(served, broker_server, chance, story, latencies):
     story.tell(
         f"{sum(task.result() for task in echoes)} echoes, {sum(task.result() for task in downloads)} downloads"
     )
-    assert min(task.result() for task in echoes) > 10
+    assert min(task.result() for task in echoes) > 0
     assert count.result() > 10

@@ -101,7 +101,7 @@ def test_an_interface_server_closes_sockets_one_after_the_other_and_finishes_req
         times = [at - told_at for at, _ in closed]
         # 50 a second, and far from the drain timeout of 20 s.
         assert max(times) - min(times) > 0.4
-        assert max(times) < 6
+        assert max(times) < 15
         assert interface.wait_ended()[0] == 0
 
 
@@ -116,7 +116,7 @@ def test_what_does_not_finish_is_cut_at_the_drain_timeout(broker_server):
         elapsed_s = time.monotonic() - began_at
         assert status == 0
         assert "1 requests are cut" in output
-        assert 0.9 < elapsed_s < 6
+        assert 0.9 < elapsed_s < 15
         hanging.join(10)
         assert hanging.status == 503
 
@@ -131,7 +131,7 @@ def test_a_worker_cuts_what_does_not_finish_at_its_drain_timeout(broker_server):
         status, output = worker.wait_ended()
         assert status == 0, output
         assert "1 s were not enough to finish" in output
-        assert 0.9 < time.monotonic() - began_at < 6
+        assert 0.9 < time.monotonic() - began_at < 15
         hanging.join(10)
         assert hanging.status == 500
 

@@ -25,7 +25,7 @@ from tests.system.test_transfers import Growth
 APP = "tests.system.applications:application"
 MIB = 1024**2
 # Short, so that the tests are; a tick of the timers (0.5 s) and a busy machine come on top.
-HEADERS_S, BODY_S, WRITE_S, SLACK_S = 2, 2, 4, 6
+HEADERS_S, BODY_S, WRITE_S, SLACK_S = 2, 2, 4, 15
 FLAGS = (
     *("--timeout-headers", str(HEADERS_S), "--timeout-body", str(BODY_S), "--timeout-write", str(WRITE_S)),
     *("--timeout-keep-alive", "2", "--ws-ping-interval", "1", "--ws-ping-timeout", "2", "--no-access-log"),

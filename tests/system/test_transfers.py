@@ -137,7 +137,7 @@ def test_a_websocket_client_that_never_reads_costs_a_window(served):
                 neighbour.send(str(number))
                 assert neighbour.recv(timeout=15) == str(number)
                 slowest = max(slowest, time.monotonic() - begun)
-        assert slowest < 1.0
+        assert slowest < 3.0
     growth.check()
 
 
