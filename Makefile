@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 HOST ?= 127.0.0.1
 PORT ?= 8000
 # Most tests wait for processes, not for the processor.
-JOBS ?= 4
+JOBS ?= 5
 
 .PHONY: run test style types tests compose-test autobahn soak bench bench-readme bench-capacity conformance format clean
 

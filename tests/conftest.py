@@ -28,8 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of whole deployments first: they mostly wait, and beside them the others use the processor."""
-    items.sort(key=lambda item: "system" not in item.path.parts)
+    """What mostly waits first, whole deployments and failovers: beside it the others use the processor."""
+    items.sort(key=lambda item: "system" not in item.path.parts and "topologies" not in item.path.name)
 
 
 @pytest.hookimpl(wrapper=True)
