@@ -125,6 +125,8 @@ class Links:
         # Set by leave(): done when everything is acknowledged.
         self._left: asyncio.Future[None] | None = None
         self._closed = False
+        # Set by settle(): done as soon as nothing is unacknowledged.
+        self._settled: asyncio.Future[None] | None = None
         # True from leave() or close() on: what is sent is dropped.
         self._is_silent = False
 
@@ -186,6 +188,16 @@ class Links:
         """What waits for ``peer`` and is not on its way: for those who may drop what they send."""
         link = self._links.get(peer)
         return 0 if link is None else link.queued_bytes
+
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until everything that was sent is acknowledged, or ``timeout_s`` is over. For one caller at a time."""
+        if all(link.is_acknowledged for link in self._links.values()):
+            return
+        self._settled = self._loop.create_future()
+        try:
+            await asyncio.wait({self._settled}, timeout=timeout_s)
+        finally:
+            self._settled = None
 
     async def leave(self, timeout_s: float) -> None:
         """Say goodbye on every link, wait until that is acknowledged or ``timeout_s`` is over, and close.
@@ -392,9 +404,11 @@ class Links:
                         self._peer_ready(peer)
                     except Exception:
                         logger.exception("%s: %s is ready, and its senders failed", self, peer)
-        left = self._left
-        if left is not None and not left.done() and all(link.is_acknowledged for link in self._links.values()):
-            left.set_result(None)
+        for waiting in (self._settled, self._left):
+            if waiting is None or waiting.done():
+                continue
+            if all(link.is_acknowledged for link in self._links.values()):
+                waiting.set_result(None)
 
     def _push_done(self, link: Link, answer: asyncio.Future[Any]) -> None:
         error = None if answer.cancelled() else answer.exception()

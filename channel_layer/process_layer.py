@@ -356,6 +356,16 @@ class RedisProcessLayer(ChannelsBackend):
             self._open_inbox(self._parts)
         self._parts.housekeeping = loop.create_task(self._keep_house(self._parts))
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until the peers have all that was sent to them, or ``timeout_s`` is over. Before stop().
+
+        What they do not have when the process ends is lost with it: stop() is no time to wait for a broker that is
+        away just then.
+        """
+        links = self._started().links
+        if links is not None:
+            await links.settle(timeout_s)
+
     async def stop(self) -> None:
         """Leave: goodbye on every link (2 s at most), out of all groups; drop lease and inbox, disconnect."""
         parts = self._parts

@@ -694,3 +694,30 @@ async def test_the_lease_is_there_before_anybody_can_know_the_process(
     with broker_server.client() as client:
         assert client.exists(layer.keys.lease(layer.process_id)) == 1
     await layer.stop()
+
+
+async def test_settling_waits_for_a_broker_that_is_away(broker_server: BrokerServer) -> None:
+    """Or a worker that is told to stop just then would take the ends of its responses with it."""
+    async with (
+        started(broker_server.url, "interface") as (interface, heard),
+        started(broker_server.url) as (worker, _),
+    ):
+        worker.link_send(interface.process_id, build_credit(1, 1, 1))
+        await heard.until(lambda: len(heard.frames) == 1)
+        await worker.settle(PATIENCE_S)
+        broker_server.pause()
+        try:
+            worker.link_send(interface.process_id, build_credit(1, 1, 2))
+            settling = asyncio.create_task(worker.settle(PATIENCE_S))
+            await asyncio.wait((settling,), timeout=1)
+            assert not settling.done()
+        finally:
+            broker_server.resume()
+        await settling
+        assert len(heard.frames) == 2
+        broker_server.pause()
+        try:
+            worker.link_send(interface.process_id, build_credit(1, 1, 3))
+            await worker.settle(0.1)
+        finally:
+            broker_server.resume()
