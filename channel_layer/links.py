@@ -122,11 +122,9 @@ class Links:
         # When it runs. Ours: a timer of uvloop that is due at once has no when().
         self._timer_deadline = float("inf")
         self._is_away = is_away
-        # Set by leave(): done when everything is acknowledged.
-        self._left: asyncio.Future[None] | None = None
-        self._closed = False
         # Set by settle(): done as soon as nothing is unacknowledged.
         self._settled: asyncio.Future[None] | None = None
+        self._closed = False
         # True from leave() or close() on: what is sent is dropped.
         self._is_silent = False
 
@@ -189,31 +187,35 @@ class Links:
         link = self._links.get(peer)
         return 0 if link is None else link.queued_bytes
 
-    async def settle(self, timeout_s: float) -> None:
-        """Wait until everything that was sent is acknowledged, or ``timeout_s`` is over. For one caller at a time."""
-        if all(link.is_acknowledged for link in self._links.values()):
-            return
+    async def settle(self, timeout_s: float) -> int:
+        """Wait until everything that was sent is acknowledged, or ``timeout_s`` is over. For one caller at a time.
+
+        Return how many peers have not acknowledged it all.
+        """
+        if not self._count_unacknowledged():
+            return 0
         self._settled = self._loop.create_future()
         try:
-            await asyncio.wait({self._settled}, timeout=timeout_s)
+            settled, _ = await asyncio.wait({self._settled}, timeout=timeout_s)
         finally:
             self._settled = None
+        return 0 if settled else self._count_unacknowledged()
+
+    def _count_unacknowledged(self) -> int:
+        return sum(not link.is_acknowledged for link in self._links.values())
 
     async def leave(self, timeout_s: float) -> None:
         """Say goodbye on every link, wait until that is acknowledged or ``timeout_s`` is over, and close.
 
         Meanwhile frames are still taken, but nothing more is sent. Cancelled: closed all the same.
         """
-        self._left = self._loop.create_future()
         self._is_silent = True
         for link in self._links.values():
             link.leave()
             self._dirty[link.peer] = link
         self._flush()
         try:
-            _, late = await asyncio.wait({self._left}, timeout=timeout_s)
-            if late:
-                count = sum(not link.is_acknowledged for link in self._links.values())
+            if count := await self.settle(timeout_s):
                 logger.warning("%s: %d peers have not acknowledged our goodbye in %.1f s", self, count, timeout_s)
         finally:
             self.close()
@@ -259,7 +261,7 @@ class Links:
                 logger.exception("%s: frame %r of %s could not be carried out", self, frame[:3], peer)
         if received.ended_after is not None:
             self._tell_ended(peer, received.ended_after)
-        if self._left is not None:
+        if self._is_silent:
             link.leave()
 
     def broker_lost(self, concerns: Callable[[str], bool] = _everybody) -> None:
@@ -404,11 +406,9 @@ class Links:
                         self._peer_ready(peer)
                     except Exception:
                         logger.exception("%s: %s is ready, and its senders failed", self, peer)
-        for waiting in (self._settled, self._left):
-            if waiting is None or waiting.done():
-                continue
-            if all(link.is_acknowledged for link in self._links.values()):
-                waiting.set_result(None)
+        settled = self._settled
+        if settled is not None and not settled.done() and not self._count_unacknowledged():
+            settled.set_result(None)
 
     def _push_done(self, link: Link, answer: asyncio.Future[Any]) -> None:
         error = None if answer.cancelled() else answer.exception()

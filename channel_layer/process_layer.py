@@ -451,8 +451,7 @@ class RedisProcessLayer(ChannelsBackend):
         )
         # Here, too, and not only from the thread, which has a connection of its own and is later: whoever hears of
         # this process from what it says next finds it alive. If this fails, the thread goes on trying.
-        taking = self._broker.call(*parts.lease.renewal())
-        taking.add_done_callback(lambda call: call.cancelled() or call.exception())
+        self._broker.call(*parts.lease.renewal()).add_done_callback(_ignore_failure)
         parts.lease.start()
 
     # The public API, from any loop

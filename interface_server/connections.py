@@ -439,17 +439,15 @@ class Connections:
 
     def _answered(self, peer: str, frame: Frame) -> None:
         connection = self._connections.get(frame[1])
-        if connection is None or connection.epoch != frame[2]:
-            is_awaited = False
-        elif connection.peer == peer:  # its owner: whatever waited longer than a turn, and unsafe methods
-            is_awaited = True
-        else:
-            is_awaited = connection.state in UNCLAIMED
-        if not is_awaited:
+        if (
+            connection is None
+            or connection.epoch != frame[2]
+            # The owner answers what waited longer than a turn, and unsafe methods.
+            or not (connection.peer == peer or connection.state in UNCLAIMED)
+        ):
             # The opening came twice and another worker was first, or the client is gone. Nobody waits for a word.
             self._dropped_count["answer nobody waits for"] += 1
             return
-        assert connection is not None
         self._watch.discard(connection.number)
         self._parked.pop(connection, None)
         connection.answered(frame[3], frame[4], frame[5])

@@ -207,9 +207,13 @@ class BrokerServer:
 
 @contextlib.contextmanager
 def shards(program: str, count: int = 2) -> Iterator[list[BrokerServer]]:
-    """Single servers that know nothing of each other; ``",".join(server.url …)`` shards over them."""
+    """Single servers that know nothing of each other; ``url_of`` them shards over them."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(BrokerServer(program)) for _ in range(count)]
+
+
+def url_of(servers: Sequence[BrokerServer]) -> str:
+    return ",".join(server.url for server in servers)
 
 
 class _SentinelServer(BrokerServer):

@@ -727,12 +727,13 @@ async def _serve_connections(
         is_clean = False
     life.draining()
     logger.info("%r stops", process)  # with its counts: what is left here is a leak
-    drain_until = asyncio.get_running_loop().time() + life.drain_timeout_s(settings.drain_timeout_s)
-    if await process.stop(life.drain_timeout_s(settings.drain_timeout_s), at_once=life.at_once):
+    clock = asyncio.get_running_loop().time
+    timeout_s = life.drain_timeout_s(settings.drain_timeout_s)
+    drain_until = clock() + timeout_s
+    if await process.stop(timeout_s, at_once=life.at_once):
         is_clean = False
     # The last events of responses may be on their way, and the broker away.
-    left_s = max(0.0, drain_until - asyncio.get_running_loop().time())
-    await unless(life.at_once, layer.settle(left_s))
+    await unless(life.at_once, layer.settle(max(0.0, drain_until - clock())))
     # ASGI "Lifespan", Shutdown: behind the last connection.
     ended = await unless(life.at_once, lifespan.shutdown(settings.lifespan_shutdown_timeout_s))
     return ended is True and is_clean

@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
+from channel_layer.base import ChannelLayer
 from channel_layer.frames import Frame
 from channel_layer.process_layer import RedisProcessLayer
+from tests.channel_layer.contract import MakePeer
 
-__all__ = ["PATIENCE_S", "RecordingListener", "started", "until", "vanish"]
+__all__ = ["PATIENCE_S", "RecordingListener", "made_peers", "started", "until", "vanish"]
 
 # Reached only when something is broken.
 PATIENCE_S = 60.0
@@ -93,3 +95,17 @@ async def vanish(layer: RedisProcessLayer) -> None:
     assert parts.inbox is not None
     await parts.inbox.stop()
     await layer._broker.close()
+
+
+@contextlib.asynccontextmanager
+async def made_peers(build: Callable[[], RedisProcessLayer]) -> AsyncIterator[MakePeer]:
+    """For the contract's ``make_peer``: layers of other processes, each with an id and an inbox of its own."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def make(layer: ChannelLayer) -> ChannelLayer:
+            peer = build()
+            await peer.start()
+            stack.push_async_callback(peer.stop)
+            return peer
+
+        yield make

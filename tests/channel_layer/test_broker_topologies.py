@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,12 @@ from channel_layer.broker import Broker, BrokerChange, BrokerState
 from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitable
 from channel_layer.sharding import slot_of
 from tests.channel_layer.test_broker import LOST, RESTORED, RESTORED_EMPTY, Changes, connected, until, until_blocked
-from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards
+from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, url_of
 
 # From the moment that the new master is there: the promise is one second; a machine that has few processors for all
 # the servers and clients of a test, and for other tests, needs more.
 RESUME_S = 10.0
 PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def two(valkey_program: str) -> Iterator[list[BrokerServer]]:
-    with shards(valkey_program) as servers:
-        yield servers
-
-
-@pytest.fixture
-def sentinels(valkey_program: str) -> Iterator[SentinelServers]:
-    with SentinelServers(valkey_program) as servers:
-        yield servers
-
-
-@pytest.fixture
-def cluster(valkey_program: str) -> Iterator[ClusterServers]:
-    with ClusterServers(valkey_program) as servers:
-        yield servers
-
-
-def url_of(servers: list[BrokerServer]) -> str:
-    return ",".join(server.url for server in servers)
 
 
 def key_on(broker: Broker, shard_number: int, prefix: str = "key") -> str:

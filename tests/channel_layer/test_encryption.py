@@ -23,7 +23,7 @@ from channel_layer.process_layer import RedisProcessLayer
 from channel_layer.publisher import Publisher
 from channel_layer.redis_layer import RedisChannelLayer
 from tests.channel_layer.contract import ChannelLayerContract, HeldMessages, MakePeer
-from tests.channel_layer.processes import started, until
+from tests.channel_layer.processes import made_peers, started, until
 from tests.servers import BrokerServer
 
 SECRET = "the words that nobody may read"
@@ -178,18 +178,9 @@ def make_layer(broker_server: BrokerServer) -> Any:
 
 @pytest.fixture
 async def make_peer(broker_server: BrokerServer) -> AsyncIterator[MakePeer]:
-    """A layer of another process, which encrypts with the older key."""
-    peers: list[RedisProcessLayer] = []
-
-    async def make(layer: ChannelLayer) -> ChannelLayer:
-        peer = RedisProcessLayer(broker_server.url, cipher=Cipher(["old", "new"]))
-        await peer.start()
-        peers.append(peer)
-        return peer
-
-    yield make
-    for peer in peers:
-        await peer.stop()
+    """The other process encrypts with the older key."""
+    async with made_peers(lambda: RedisProcessLayer(broker_server.url, cipher=Cipher(["old", "new"]))) as make:
+        yield make
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,24 +14,12 @@ from channel_layer.lease_connection import LeaseConnection
 from channel_layer.leases import LeaseKeeper
 from channel_layer.names import Keys
 from channel_layer.sharding import slot_of, static_shard
-from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards
+from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards, url_of
 
 KEY = Keys().lease("w1")
 PATIENCE_S = 60.0
 # A lease lives 2.5 s. From the moment that the new master is there it is renewed within a period and a try.
 RESUME_S = 3.0
-
-
-@pytest.fixture
-def cluster(valkey_program: str) -> Iterator[ClusterServers]:
-    with ClusterServers(valkey_program) as servers:
-        yield servers
-
-
-@pytest.fixture
-def sentinels(valkey_program: str) -> Iterator[SentinelServers]:
-    with SentinelServers(valkey_program) as servers:
-        yield servers
 
 
 def until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> None:
@@ -52,7 +40,7 @@ def connection_to(url: str) -> LeaseConnection:
 
 def test_a_lease_is_on_the_shard_of_its_process(valkey_program: str) -> None:
     with shards(valkey_program, 3) as servers:
-        keeper = LeaseKeeper(",".join(server.url for server in servers), KEY, b"lease")
+        keeper = LeaseKeeper(url_of(servers), KEY, b"lease")
         keeper.start()
         try:
             until(lambda: any(map(has_lease, servers)))

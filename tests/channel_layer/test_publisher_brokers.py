@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,22 +13,10 @@ from channel_layer import Publisher
 from channel_layer.errors import BrokerError, BrokerUnavailable
 from channel_layer.names import Keys
 from channel_layer.sharding import slot_of, static_shard
-from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards
+from tests.servers import BrokerServer, ClusterServers, SentinelServers, free_port, shards, url_of
 
 CHANNELS = [f"work.{n}" for n in range(20)]
 PATIENCE_S = 60.0
-
-
-@pytest.fixture
-def cluster(valkey_program: str) -> Iterator[ClusterServers]:
-    with ClusterServers(valkey_program) as servers:
-        yield servers
-
-
-@pytest.fixture
-def sentinels(valkey_program: str) -> Iterator[SentinelServers]:
-    with SentinelServers(valkey_program) as servers:
-        yield servers
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -44,7 +32,7 @@ def length(server: BrokerServer, channel: str) -> int:
 
 
 def test_messages_go_to_the_shard_of_their_channel(valkey_program: str) -> None:
-    with shards(valkey_program, 3) as servers, Publisher(",".join(server.url for server in servers)) as publisher:
+    with shards(valkey_program, 3) as servers, Publisher(url_of(servers)) as publisher:
         for channel in CHANNELS:
             publisher.send(channel, {"type": "x"})
             lengths = [length(server, channel) for server in servers]
@@ -52,7 +40,7 @@ def test_messages_go_to_the_shard_of_their_channel(valkey_program: str) -> None:
 
 
 def test_a_group_spans_shards(valkey_program: str) -> None:
-    with shards(valkey_program) as servers, Publisher(",".join(server.url for server in servers)) as publisher:
+    with shards(valkey_program) as servers, Publisher(url_of(servers)) as publisher:
         home = servers[static_shard(Keys().group("all"), 2)]
         with home.client() as client:
             client.zadd(Keys().group("all"), {f"#{channel}": (time.time() + 60) * 1000 for channel in CHANNELS})

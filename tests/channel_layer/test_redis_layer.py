@@ -26,7 +26,7 @@ from channel_layer.home import close_homes
 from channel_layer.process_layer import RedisProcessLayer
 from channel_layer.redis_layer import RedisChannelLayer
 from tests.channel_layer.contract import ChannelLayerContract, HeldMessages, MakePeer
-from tests.channel_layer.processes import PATIENCE_S, started, until
+from tests.channel_layer.processes import PATIENCE_S, made_peers, started, until
 from tests.servers import BrokerServer
 
 HELLO = {"type": "hello"}
@@ -49,18 +49,8 @@ def make_layer(any_broker_server: BrokerServer) -> Any:
 
 @pytest.fixture
 async def make_peer(any_broker_server: BrokerServer) -> AsyncIterator[MakePeer]:
-    """A layer of another process: one with an id and an inbox of its own."""
-    peers: list[RedisProcessLayer] = []
-
-    async def make(layer: ChannelLayer) -> ChannelLayer:
-        peer = RedisProcessLayer(any_broker_server.url)
-        await peer.start()
-        peers.append(peer)
-        return peer
-
-    yield make
-    for peer in peers:
-        await peer.stop()
+    async with made_peers(lambda: RedisProcessLayer(any_broker_server.url)) as make:
+        yield make
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from channel_layer.process_layer import RedisProcessLayer
 from channel_layer.redis_layer import RedisChannelLayer
 from channel_layer.sharding import slot_of, static_shard
 from tests.channel_layer.contract import ChannelLayerContract, HeldMessages, MakePeer
-from tests.channel_layer.processes import PATIENCE_S, RecordingListener, started, until, vanish
+from tests.channel_layer.processes import PATIENCE_S, RecordingListener, made_peers, started, until, vanish
 from tests.channel_layer.test_redis_layer import messages_of
-from tests.servers import BrokerServer, ClusterServers, SentinelServers, shards
+from tests.servers import BrokerServer, ClusterServers, SentinelServers, shards, url_of
 
 # From the moment that the new master is there: the promise is one second; a machine that has few processors for all
 # the servers and clients of a test, and for other tests, needs more.
@@ -39,7 +39,7 @@ RESUME_S = 10.0
 def shared_url(request: pytest.FixtureRequest, valkey_program: str) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         if request.param == "shards":
-            yield ",".join(server.url for server in stack.enter_context(shards(valkey_program, 3)))
+            yield url_of(stack.enter_context(shards(valkey_program, 3)))
         elif request.param == "sentinels":
             yield stack.enter_context(SentinelServers(valkey_program)).url
         else:
@@ -64,17 +64,8 @@ def make_layer(shared_url: str, prefix: str) -> Any:
 
 @pytest.fixture
 async def make_peer(shared_url: str, prefix: str) -> AsyncIterator[MakePeer]:
-    peers: list[RedisProcessLayer] = []
-
-    async def make(layer: ChannelLayer) -> ChannelLayer:
-        peer = RedisProcessLayer(shared_url, prefix)
-        await peer.start()
-        peers.append(peer)
-        return peer
-
-    yield make
-    for peer in peers:
-        await peer.stop()
+    async with made_peers(lambda: RedisProcessLayer(shared_url, prefix)) as make:
+        yield make
 
 
 @pytest.fixture
@@ -107,28 +98,6 @@ async def test_no_direct_send_is_lost_on_shards(shared_url: str, prefix: str) ->
 
 
 # Processes with links, through what happens to their servers
-
-
-@pytest.fixture
-def two(valkey_program: str) -> Iterator[list[BrokerServer]]:
-    with shards(valkey_program) as servers:
-        yield servers
-
-
-@pytest.fixture
-def sentinels(valkey_program: str) -> Iterator[SentinelServers]:
-    with SentinelServers(valkey_program) as servers:
-        yield servers
-
-
-@pytest.fixture
-def cluster(valkey_program: str) -> Iterator[ClusterServers]:
-    with ClusterServers(valkey_program) as servers:
-        yield servers
-
-
-def url_of(servers: list[BrokerServer]) -> str:
-    return ",".join(server.url for server in servers)
 
 
 class Stream:

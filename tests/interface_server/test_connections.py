@@ -356,17 +356,6 @@ async def test_an_answer_of_the_owner_to_a_client_that_has_left(bench):
     assert bench.layer.sent == []
 
 
-async def test_an_answer_of_the_owner_waits_for_a_client_that_does_not_read(bench):
-    client = await bench.owned("http")
-    client.connection.pause_delivery()
-    bench.frame(answer_of(client))
-    assert client.log == []
-    assert client.connection.state is State.ENDING
-    client.connection.resume_delivery()
-    assert client.log == [RESPONSE, Outcome.RETURNED]
-    assert client.connection.state is State.OVER
-
-
 async def test_an_answer_to_a_websocket_is_a_fault_of_the_worker(bench, caplog):
     client = bench.open("websocket")
     bench.frame(answer_of(client))
@@ -386,8 +375,9 @@ async def test_an_answer_does_not_touch_what_another_worker_has_or_another_epoch
     assert waiting.connection.is_unclaimed
 
 
-async def test_an_answer_waits_for_a_client_that_does_not_read(bench):
-    client = bench.open("http")
+@pytest.mark.parametrize("of_the_owner", [False, True])
+async def test_an_answer_waits_for_a_client_that_does_not_read(bench, of_the_owner):
+    client = await bench.owned("http") if of_the_owner else bench.open("http")
     client.connection.pause_delivery()
     bench.frame(answer_of(client))
     assert client.log == []

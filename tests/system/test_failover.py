@@ -15,7 +15,7 @@ from websockets.asyncio.client import connect
 
 from channel_layer.names import Keys
 from channel_layer.sharding import static_shard
-from tests.servers import ClusterServers, SentinelServers, shards
+from tests.servers import ClusterServers, SentinelServers, shards, url_of
 from tests.system.processes import Command, wait_until
 from tests.system.test_broker_restart import PATIENCE_S, download, talk
 
@@ -190,7 +190,7 @@ async def talk_within(shard, url):
 async def test_one_shard_down_stops_only_what_lives_there(valkey_program):
     """Whose halves are both on the other shard goes on; the rest pauses, and nothing is lost or closed."""
     with shards(valkey_program) as servers:
-        async with deployment_on_both_shards(",".join(server.url for server in servers)) as (url, client, commands):
+        async with deployment_on_both_shards(url_of(servers)) as (url, client, commands):
             queue_shard = static_shard(Keys().openings("http.request", 2), 2)
             echo_url = f"{url.replace('http', 'ws', 1)}/echo"
             async with Load(url, client) as load, talk_within(queue_shard, echo_url) as talker:
