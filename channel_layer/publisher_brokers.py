@@ -70,7 +70,7 @@ class PublisherBrokers:
         return redact_urls(self._text)
 
     def close(self) -> None:
-        for client in self._clients.values():
+        for client in list(self._clients.values()):  # other threads may be about to add one
             client.close()
             client.connection_pool.disconnect()
 
@@ -228,9 +228,11 @@ class PublisherBrokers:
         place = address.node, address.path, address.db
         client = self._clients.get(place)
         if client is None:
-            client = self._clients[place] = self._make_client(
+            made = self._make_client(
                 address, address.socket_timeout_s, address.connect_timeout_s, client_name=self._client_name
             )
+            # Another thread may have been faster. Ours has not connected yet.
+            client = self._clients.setdefault(place, made)
         return client
 
     def _stranger(self, address: BrokerAddress) -> redis.Redis:

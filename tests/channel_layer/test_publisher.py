@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from channel_layer.errors import (
 from channel_layer.messages import MESSAGE_BYTES_MAX, split_element
 from channel_layer.names import NORMAL_MEMBER_MARK, Keys
 from channel_layer.publisher import Publisher
+from channel_layer.publisher_brokers import PublisherBrokers
 from tests.servers import BrokerServer
 
 KEYS = Keys("trunkline")
@@ -284,6 +286,28 @@ def test_threads_share_one_connection(broker_server: BrokerServer, broker: redis
             thread.join()
         assert broker.llen(KEYS.normal("work")) == 200
         assert len([each for each in broker.client_list() if each["name"] == "trunkline:publisher"]) == 1
+
+
+def test_threads_that_begin_at_once_share_one_connection(
+    broker_server: BrokerServer, broker: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_have_begun = threading.Barrier(2)
+    make_client = PublisherBrokers._make_client
+
+    def make_client_late(*arguments: Any, **options: Any) -> redis.Redis:
+        both_have_begun.wait(10)
+        return make_client(*arguments, **options)
+
+    def connection_count() -> int:
+        return int(broker.info("stats")["total_connections_received"])
+
+    monkeypatch.setattr(PublisherBrokers, "_make_client", make_client_late)
+    count_before = connection_count()
+    with Publisher(broker_server.url) as publisher, ThreadPoolExecutor(2) as threads:
+        for sending in [threads.submit(publisher.send, "work", {"type": "x"}) for _ in range(2)]:
+            sending.result()
+        assert broker.llen(KEYS.normal("work")) == 2
+        assert connection_count() - count_before == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
