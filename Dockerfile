@@ -21,7 +21,8 @@ WORKDIR /app
 ENV APP=chat:application \
     PYTHONUNBUFFERED=1 \
     TRUNKLINE_ADMIN_PORT=8001
-USER trunkline
+# By its number, so that Kubernetes' runAsNonRoot can tell: trunkline.
+USER 10001
 EXPOSE 8000
 # Asks on 127.0.0.1:8001, in the container: ready is who got a message through the broker just now.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["trunkline", "health"]

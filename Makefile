@@ -61,7 +61,7 @@ clean:
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # What users get is what `make run` installs; the developers' tools come on top.
 $(VENV)/.run: pyproject.toml | $(VENV)/bin/python

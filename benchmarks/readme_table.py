@@ -30,7 +30,7 @@ LINES: tuple[tuple[str, str, str, str, tuple[str, str, str, str]], ...] = (
     ("broadcast", "cpu_us", "a message to 1,000 WebSockets of a group: each delivery", "µs", BY_HAND),
     ("consumer", "cpu_us", "the same by an unmodified Channels consumer", "µs", CONSUMER),
     ("http", "cpu_us", "HTTP hello, 64 connections: a request", "µs", PLAIN),
-    ("http", "per_s", "… requests per second, on all cores of the machine", "", PLAIN),
+    ("http", "per_s", "… requests per second, each server with its defaults", "", PLAIN),
     ("http-one", "p50_ms", "HTTP hello, 1 connection: the median answer takes", "ms", PLAIN),
     ("echo", "cpu_us", "WebSocket echo, 64 clients: a message", "µs", PLAIN),
     ("connect", "per_s", "WebSockets opened per second, 128 at a time", "", PLAIN),
@@ -91,8 +91,9 @@ def render(result: dict[str, Any], name: str) -> str:
     lines += [
         "",
         f"Measured at revision {machine['revision']} on {machine['cores']} cores of {machine['processor']}, Python "
-        f"{machine['python']}, {versions}; load average before {machine['load_average_before']:.1f}; medians of "
-        f"{repetitions}{faults}. All rows, with latencies: [{name}.md](benchmarks/results/{name}.md).",
+        f"{machine['python']}, {versions}; load average before {machine['load_average_before']:.1f}; "
+        f"{'one run' if repetitions == 1 else f'medians of {repetitions}'}{faults}. "
+        f"All rows, with latencies: [{name}.md](benchmarks/results/{name}.md).",
     ]
     return "\n".join(lines)
 

@@ -168,6 +168,15 @@ class RedisChannelLayer(ChannelsBackend):
         if isinstance(installed, RedisProcessLayer):
             if self._judged is None or self._judged[0] is not installed:
                 self._judged = (installed, self._is_same(installed))
+                if not self._judged[1]:
+                    logger.warning(
+                        "the channel layer at %s, prefix %s, is not this worker's own, at %s, prefix %s: it knows none "
+                        "of its clients",
+                        redact_urls(self._broker()),
+                        self._own_prefix(),
+                        redact_urls(installed.url),
+                        installed.prefix,
+                    )
             if self._judged[1]:
                 return installed
         pid = os.getpid()

@@ -245,7 +245,9 @@ async def test_the_environment_names_broker_and_prefix(
     close_homes()
 
 
-async def test_inside_a_worker_it_is_the_workers_own_layer(broker_server: BrokerServer) -> None:
+async def test_inside_a_worker_it_is_the_workers_own_layer(
+    broker_server: BrokerServer, caplog: pytest.LogCaptureFixture
+) -> None:
     async with started(broker_server.url) as (worker, _):
         channel_layer.install_process_layer(worker)
         try:
@@ -256,8 +258,12 @@ async def test_inside_a_worker_it_is_the_workers_own_layer(broker_server: Broker
                 assert await layer.receive(channel) == HELLO
             spelled_differently = RedisChannelLayer(hosts=[{"path": broker_server.url.removeprefix("unix://")}])
             assert f".{worker.process_id}!" in await spelled_differently.new_channel()
+            assert not caplog.messages
             elsewhere = RedisChannelLayer(hosts=[broker_server.url], prefix="other")
-            assert f".{worker.process_id}!" not in await elsewhere.new_channel()
+            for _ in range(2):
+                assert f".{worker.process_id}!" not in await elsewhere.new_channel()
+            (warning,) = caplog.messages
+            assert "prefix other, is not this worker's own" in warning
         finally:
             channel_layer.install_process_layer(None)
             close_homes()
