@@ -170,8 +170,8 @@ class RedisChannelLayer(ChannelsBackend):
                 self._judged = (installed, self._is_same(installed))
                 if not self._judged[1]:
                     logger.warning(
-                        "the channel layer at %s, prefix %s, is not this worker's own, at %s, prefix %s: it knows none "
-                        "of its clients",
+                        "the channel layer at %s, prefix %s, is not this worker's own, at %s, prefix %s: it knows "
+                        "none of its clients",
                         redact_urls(self._broker()),
                         self._own_prefix(),
                         redact_urls(installed.url),
