@@ -108,9 +108,10 @@ class _Crossing(Generic[T]):
 
     def _ended(self, task: asyncio.Task[T]) -> None:
         with self._lock:
-            if self._state is _State.WAITING:
+            is_delivered = self._state is _State.WAITING
+            if is_delivered:
                 self._state = _State.DELIVERED
-        if self._state is _State.DELIVERED:
+        if is_delivered:
             try:
                 self._caller.call_soon_threadsafe(self._settle, task)
             except RuntimeError:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from channel_layer.crossing import call_on
+from channel_layer.crossing import _Crossing, call_on
 from channel_layer.errors import BrokerUnavailable
 
 PATIENCE_S = 60.0
@@ -172,6 +172,35 @@ async def test_exactly_one_gets_each_result_whenever_the_caller_is_cancelled(
     await settle(home)
     assert sorted(got + undone) == sorted(made)
     assert undone
+
+
+async def test_a_call_abandoned_at_the_instant_of_its_delivery_is_undone_once() -> None:
+    loop = asyncio.get_running_loop()
+    undone: list[str] = []
+
+    async def answer() -> str:
+        return "answer"
+
+    crossing = _Crossing(loop, loop, answer, undone.append)
+    releases: list[object] = []
+
+    class Lock:
+        """Has the caller's thread run, and abandon the call, between the delivery's lock and what is behind it."""
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *_: object) -> None:
+            releases.append(None)
+            if len(releases) == 2:  # the first one is begin()'s
+                crossing.answer.cancel()
+                crossing.abandon()
+
+    crossing._lock = Lock()  # type: ignore[assignment]
+    crossing.begin()
+    await settle(loop)
+    assert len(releases) == 3  # and abandon()'s
+    assert undone == ["answer"]
 
 
 async def test_a_closed_home_is_an_unavailable_broker() -> None:
