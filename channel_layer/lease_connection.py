@@ -166,13 +166,16 @@ class _Wire:
     def exchange(self, args: tuple[Argument, ...], deadline: float) -> Any:
         self._socket.settimeout(_remaining_s(deadline))
         self._socket.sendall(pack_command(args))
-        # None of the answers here is False, which is what hiredis returns while there is none.
-        while (reply := self._reader.gets()) is False:
-            self._socket.settimeout(_remaining_s(deadline))
-            data = self._socket.recv(65536)
-            if not data:
-                raise BrokerUnavailable(f"connection to broker {self.address} was closed by the broker")
-            self._reader.feed(data)
+        try:
+            # None of the answers here is False, which is what hiredis returns while there is none.
+            while (reply := self._reader.gets()) is False:
+                self._socket.settimeout(_remaining_s(deadline))
+                data = self._socket.recv(65536)
+                if not data:
+                    raise BrokerUnavailable(f"connection to broker {self.address} was closed by the broker")
+                self._reader.feed(data)
+        except hiredis.ProtocolError as error:
+            raise BrokerUnavailable(f"what answers at {self.address} is not a broker: {error}") from error
         if isinstance(reply, hiredis.ReplyError):
             raise BrokerError(str(reply))
         return reply

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import msgpack
 import pytest
 
-from channel_layer.errors import BrokerError, WireError
+from channel_layer.errors import BrokerError, BrokerUnavailable, WireError
 from channel_layer.leases import DEATH_TOLD_S, Lease, LeaseKeeper, decode_lease, encode_lease, tell_death
 from channel_layer.names import Keys
 from tests.servers import BrokerServer
@@ -119,6 +120,27 @@ def test_a_broker_that_is_not_there_at_the_start_is_an_outage(broker_server: Bro
     broker_server.start()
     until(lambda: keeper.statistics().renewal_count)
     keeper.stop()
+
+
+def test_an_answer_that_is_not_a_brokers_is_an_outage(valkey_program: str) -> None:
+    """A balancer's error page, while the broker behind it is away."""
+    errors: list[Exception] = []
+    with BrokerServer(valkey_program, tcp=True) as server:
+        server.kill()
+        with socket.create_server(("127.0.0.1", server.port or 0)) as balancer:
+            balancer.settimeout(60.0)
+            keeper = LeaseKeeper(server.url, "lease", b"value", period_s=0.05, on_outage=errors.append)
+            keeper.start()
+            client, _ = balancer.accept()
+            with client:
+                client.sendall(b"HTTP/1.1 503 Service Unavailable\r\n\r\n")
+                until(lambda: errors or not keeper.statistics().is_running, timeout_s=60.0)
+        server.start()
+        until(lambda: keeper.statistics().renewal_count or not keeper.statistics().is_running, timeout_s=60.0)
+        assert keeper.statistics().is_running
+        keeper.stop()
+    assert isinstance(errors[0], BrokerUnavailable)
+    assert "is not a broker" in str(errors[0])
 
 
 def test_a_refused_renewal_is_an_outage(broker_server: BrokerServer) -> None:
