@@ -312,8 +312,8 @@ class InboxReader:
         self._letter_received = letter_received
         self._reader_restored = reader_restored
         self._clock = clock
-        # False while the last read of ``link`` was a full one, so that more is likely to wait, or is not all handled
-        # (see liveness.py).
+        # False while the last read of ``link`` was a full one, so that more is likely to wait, or is not all handled,
+        # or nothing is read (see liveness.py). True again as soon as a read shows that ``link`` is empty.
         self.is_current = True
         self._task: asyncio.Task[None] | None = None
         self._may_read = asyncio.Event()
@@ -360,8 +360,9 @@ class InboxReader:
         failures = 0  # in a row
         while True:
             await self._may_read.wait()
+            keys = self._orders[turn & 1]
             try:
-                taken = await self._reader.pop(self._orders[turn & 1], _READ_COUNT)
+                taken = await self._reader.pop(keys, _READ_COUNT)
             except BrokerUnavailable:
                 # The next pop() reconnects and waits for the broker; but if commands pass and only reads fail (no
                 # more clients allowed), it fails at once.
@@ -387,15 +388,19 @@ class InboxReader:
             failures = 0
             turn += 1
             if taken is None:
-                self.is_current = True
+                self.is_current = self._may_read.is_set()
                 continue
             self._read_count += 1
             key, elements = taken
             if key == self._link_key:
                 self._blob_count += len(elements)
-                self.is_current = len(elements) < _READ_COUNT
+                self.is_current = len(elements) < _READ_COUNT and self._may_read.is_set()
                 await self._handle(self._blob_received, elements)
             else:
+                if keys[0] == self._link_key:
+                    # The first key that holds something is read: ``link`` held nothing. A process that gets mail each
+                    # second, as from its own probes, may see no other sign of that.
+                    self.is_current = self._may_read.is_set()
                 self._letter_count += len(elements)
                 await self._handle(self._letter_received, elements)
 

@@ -329,6 +329,66 @@ async def test_a_full_read_means_that_more_may_wait(broker_server: BrokerServer)
     await broker.close()
 
 
+@pytest.mark.parametrize(("blob_count", "is_held"), [(64, False), (10, True)])
+async def test_a_process_that_gets_mail_all_the_time_learns_that_no_blobs_wait(
+    broker_server: BrokerServer, blob_count: int, is_held: bool
+) -> None:
+    """As one does that sends itself a probe each second: else it would never find anybody dead again."""
+    broker = Broker(broker_server.url, client_name="test")
+    await broker.connect()
+    blobs: list[bytes] = []
+    seen: list[bool] = []
+
+    def blob_received(data: bytes) -> None:
+        blobs.append(data)
+        reader.hold(is_held)
+
+    reader = InboxReader(
+        broker.open_reader(),
+        link_key="{i}:link",
+        mail_key="{i}:mail",
+        blob_received=blob_received,
+        letter_received=lambda data: seen.append(reader.is_current),
+        reader_restored=lambda: None,
+    )
+    with broker_server.client() as client:
+        client.rpush("{i}:link", *[b"x"] * blob_count)
+        client.rpush("{i}:mail", *[b"x"] * 65)
+    reader.start()
+    await until(lambda: len(blobs) == blob_count)
+    reader.hold(False)
+    await until(lambda: len(seen) == 65)
+    # The first read of mail asks for it before the link, and proves nothing; the second one asks for the link first.
+    assert seen == [False] * 64 + [True]
+    async with asyncio.timeout(PATIENCE_S):
+        await reader.stop()
+    await broker.close()
+
+
+async def test_a_read_that_ends_while_the_inbox_is_held_does_not_make_it_current(broker_server: BrokerServer) -> None:
+    broker = Broker(broker_server.url, client_name="test")
+    await broker.connect()
+    seen: list[bool] = []
+    reader = InboxReader(
+        broker.open_reader(),
+        link_key="{i}:link",
+        mail_key="{i}:mail",
+        blob_received=lambda data: seen.append(reader.is_current),
+        letter_received=lambda data: None,
+        reader_restored=lambda: None,
+    )
+    reader.start()
+    await asyncio.sleep(0)  # the first read is under way
+    reader.hold(True)
+    with broker_server.client() as client:
+        client.rpush("{i}:link", b"x")
+    await until(lambda: len(seen) == 1)
+    assert seen == [False]
+    async with asyncio.timeout(PATIENCE_S):
+        await reader.stop()
+    await broker.close()
+
+
 class Elements:
     """A reader whose first read brings all of ``elements``; the next one waits for ever."""
 
