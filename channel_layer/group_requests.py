@@ -147,7 +147,8 @@ class GroupRequests:
         if not lease.result():
             await self._wait(answered, self._loop.time() + _LEASE_AGAIN_S)
             if not answered.done() and await self._is_dead(owner):
-                answered.set_result(True)
+                if not answered.done():  # the answer may have come meanwhile
+                    answered.set_result(True)
                 return
         await self._wait(answered, deadline)
 
