@@ -522,6 +522,10 @@ class Http1Protocol(Protocol):
         factory = self.factory
         self.phase = Phase.UPGRADED
         rest = self._reader.take_rest()
+        if not (self._is_reading or self._read_ended):
+            # Too much came behind the request before; from here on the WebSocket pauses and resumes.
+            self._is_reading = True
+            self.transport.resumeProducing()
         websocket = factory.websockets.upgrade(head, peer=peer, transport=self.transport)
         self._successor = websocket
         self._watch_end()

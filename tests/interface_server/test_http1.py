@@ -1153,6 +1153,16 @@ def test_a_websocket_behind_a_request() -> None:
     assert websocket.calls == ["pause", b"x"]
 
 
+def test_a_websocket_with_much_behind_it_is_read_when_its_turn_comes() -> None:
+    world = World()
+    world.feed(GET, UPGRADE + bytes(80_000))
+    assert world.is_paused
+    world.last.respond()
+    (websocket,) = world.websockets.upgraded
+    assert websocket.calls == [bytes(80_000)]
+    assert not world.is_paused
+
+
 def test_a_websocket_whose_client_ends_its_side_is_lost() -> None:
     world = World()
     world.feed(UPGRADE)
