@@ -25,6 +25,7 @@ from channel_layer.encryption import read_keys
 from channel_layer.errors import InvalidName
 from channel_layer.frames import WIRE_VERSION, WIRE_VERSION_PREVIOUS
 from channel_layer.names import Keys
+from channel_layer.process_life import STATUS_VARIABLE
 
 __all__ = [
     "OPTIONS",
@@ -679,12 +680,16 @@ def _add_argument(parser: argparse.ArgumentParser, option: Option) -> None:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping[str, str]) -> argparse.Namespace:
     """Parse a command line; a flag that is absent is taken from its environment variable.
 
+    A supervised process takes secrets alone from variables: its supervisor has read the others, has opened the
+    sockets they name, and hands on as flags what the process needs.
+
     The result has ``command``, ``app`` (where the command has one) and an attribute for each option of the
     command: its converted value, or None where neither flag nor variable is given. Raises UsageError.
     """
     options = parser.parse_args(argv)
     if options.command is None:
         raise UsageError("trunkline: a command is expected: serve, interface, worker, health (see trunkline --help)")
+    is_supervised = STATUS_VARIABLE in environ  # ours alone: the process removes it before it starts anything
     if options.command == HEALTH:
         options.env_file = None
     elif options.env_file is None and environ.get("TRUNKLINE_ENV_FILE"):
@@ -697,7 +702,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping
         value = getattr(options, option.name)
         if value is None:
             text = environ.get(option.environment_variable)
-            if text:
+            if text and (option.secret or not is_supervised):
                 value = _convert(option, _split(option, text), option.environment_variable)
         elif option.convert is not None:
             value = _convert(option, value, f"--{option.flag}")
@@ -706,7 +711,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], environ: Mapping
         raise UsageError("trunkline serve: --reload-dir is given, and --reload is not")
     if options.command in SOCKETS and options.fd is not None and options.uds is not None:
         raise UsageError(f"trunkline {options.command}: --fd and --uds are given, one of them is expected")
-    if options.command in SOCKETS:
+    if options.command in SOCKETS and not is_supervised:
         _check_sockets(options)
     if options.command == WORKER and options.channel is not None and options.protocol is not None:
         raise UsageError(

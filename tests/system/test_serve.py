@@ -12,6 +12,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from tests.servers import free_port
 from tests.system.processes import ROOT, Command, Served, children_of, is_alive, wait_until
 
 APP = "tests.system.applications:application"
@@ -178,6 +179,37 @@ def test_a_taken_port_is_one_line():
             status, output = command.wait_ended()
         assert status == 1
         assert output.lower() == f"trunkline: cannot listen on 127.0.0.1:{port}: address already in use"
+
+
+def test_the_address_may_be_given_as_variables():
+    """Those of the processes that bind nothing themselves stand in the same environment."""
+    port = free_port()
+    variables = {
+        "TRUNKLINE_HOST": "127.0.0.1",
+        "TRUNKLINE_PORT": str(port),
+        "TRUNKLINE_CHANNEL": "of-another-command",
+    }
+    with Command("serve", APP, env=variables) as command:
+        command.wait_for(rf"serves \S+ on http://127\.0\.0\.1:{port} \(Ctrl-C")
+        assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text == "hello"
+
+
+def test_several_interface_servers_share_a_unix_socket_that_is_given_as_variables(broker_server, tmp_path):
+    flags = ("--redis", broker_server.url, "--prefix", "variables")
+    variables = {
+        "TRUNKLINE_UDS": "http",
+        "TRUNKLINE_UDS_PERMISSIONS": "660",
+        "TRUNKLINE_FORWARDED_ALLOW_IPS": "http",
+        "TRUNKLINE_INTERFACES": "2",
+    }
+    with (
+        Command("worker", APP, *flags),
+        Command("interface", *flags, cwd=tmp_path, env=variables) as interface,
+    ):
+        interface.wait_for(r"2 interface servers")
+        assert (tmp_path / "http").stat().st_mode & 0o777 == 0o660
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "http")), timeout=60) as client:
+            assert client.get("http://x/").text == "hello"
 
 
 def test_the_halves_by_themselves(broker_server):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from channel_layer.process_life import STATUS_VARIABLE
 from trunkline.options import (
     OPTIONS,
     UsageError,
@@ -175,6 +176,47 @@ def test_supervised_processes_get_the_same_values():
     for name in ("redis", "root_path", "header", "date_header", "ws_max_size", "timeout_keep_alive"):
         assert getattr(again, name) == getattr(options, name), name
     assert render_flags(options, "worker") == []
+
+
+def test_supervised_processes_do_not_read_the_variables_again():
+    """The sockets that they name are open already, and serve knows nothing of a worker's."""
+    environ = {
+        "TRUNKLINE_HOST": "0.0.0.0",
+        "TRUNKLINE_PORT": "8080",
+        "TRUNKLINE_UDS": "app.sock",
+        "TRUNKLINE_FD": "3",
+        "TRUNKLINE_UDS_PERMISSIONS": "660",
+        "TRUNKLINE_FORWARDED_ALLOW_IPS": "app.sock",
+        "TRUNKLINE_ROOT_PATH": "/a",
+        "TRUNKLINE_INTERFACES": "2",
+        "TRUNKLINE_WORKERS": "2",
+        "TRUNKLINE_ADMIN_PORT": "8001",
+        "TRUNKLINE_CHANNEL": "thumbnails",
+        "TRUNKLINE_PROTOCOL": "tcp",
+        "TRUNKLINE_THREADS": "3",
+        "TRUNKLINE_REDIS": "redis://:secret@elsewhere",
+        "TRUNKLINE_ENCRYPTION_KEYS": "one\ntwo",
+        "TRUNKLINE_SSL_KEYFILE_PASSWORD": "secret",
+        "TRUNKLINE_LOG_LEVEL": "debug",
+    }
+    options = parsed("serve", "a:b", environ={**environ, "TRUNKLINE_FD": ""})
+    sockets = ("host", "port", "uds", "fd", "uds_permissions")
+    again = {}
+    for command, argv, skip in (("interface", ("-e", "adopted:7"), sockets), ("worker", ("a:b",), ())):
+        flags = render_flags(options, command, skip=skip)
+        secrets = render_secrets(options, command)
+        again[command] = parsed(command, *argv, *flags, environ={**environ, **secrets, STATUS_VARIABLE: "5"})
+        for option in OPTIONS:
+            if command in option.commands and option.name not in (*sockets, "endpoint"):
+                is_kept = option.name in vars(options) and not option.for_supervisor
+                expected = getattr(options, option.name) if is_kept else None
+                assert getattr(again[command], option.name) == expected, option.flag
+    assert [getattr(again["interface"], name) for name in sockets] == [None] * 5
+    assert again["interface"].forwarded_allow_ips == "app.sock"
+    assert again["interface"].ssl_keyfile_password == "secret"
+    assert again["worker"].channel is None
+    assert again["worker"].protocol == ("tcp",)
+    assert again["worker"].encryption_keys == ("one", "two")
 
 
 def test_flags_are_unique_and_fill_fields_that_exist():
