@@ -330,7 +330,8 @@ class Http2Connection:
                 stream = self._waiting.popleft()
                 stream.is_waiting = False
                 unwritten += stream.send_frame(self._h2)
-                if stream.can_send(self._h2):
+                # Its application may have written meanwhile, and have put it there already.
+                if not stream.is_waiting and stream.can_send(self._h2):
                     stream.is_waiting = True
                     self._waiting.append(stream)
                 # else a WINDOW_UPDATE, or its application, brings it back

@@ -12,6 +12,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import ConnectionTerminated, DataReceived, Event, ResponseReceived, StreamEnded, StreamReset
+from h2.settings import SettingCodes
 
 from interface_server.http2 import Http2Connection, Phase
 from interface_server.protocol.http2_exchange import Fields
@@ -111,6 +112,38 @@ def test_a_full_socket_stops_all_streams() -> None:
     assert world.take() == b""
     world.protocol.resumeProducing()
     assert of_kind(world.exchange(), StreamEnded)
+
+
+def test_a_stream_that_begins_late_does_not_wait_for_a_long_one() -> None:
+    world = Http2World()
+    world.client.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1 << 24})
+    world.client.increment_flow_control_window(1 << 24)
+    world.exchange()
+    long = world.request()
+    connection = world.last
+    pieces_left = 40
+
+    def write_more() -> None:
+        nonlocal pieces_left
+        pieces_left -= 1
+        if pieces_left == 20:
+            world.protocol.pauseProducing()
+        if pieces_left > 0:
+            world.send(connection, bytes(65 * 1024))
+
+    connection.resume_delivery = write_more  # type: ignore[method-assign]
+    connection.client.application_event(START)
+    world.protocol.pauseProducing()
+    world.send(connection, bytes(65 * 1024))
+    world.protocol.resumeProducing()
+    assert pieces_left == 20
+    late = world.request()
+    world.last.respond(b"short")
+    world.protocol.resumeProducing()
+    data = of_kind(world.exchange(), DataReceived)
+    before = data[: [event.stream_id for event in data].index(late)]
+    assert [event.stream_id for event in before] == [long] * 2  # one before the head, one before the body
+    assert world.server.statistics().held_bytes == 0
 
 
 def test_the_window_of_a_stream_opens_as_its_application_takes() -> None:
