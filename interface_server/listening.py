@@ -44,7 +44,7 @@ class Listener:
     socket: socket.socket
     certfile: str | None  # None: no TLS
     keyfile: str | None
-    path: str | None = None  # of a unix socket that we made; whoever closes it for good removes it
+    path: str | None = None  # of a unix socket that we made
 
     @property
     def is_tls(self) -> bool:
@@ -53,6 +53,11 @@ class Listener:
     def render_adopted(self) -> str:
         """The endpoint as which another process, which has inherited the socket, listens on it."""
         return render_adopted(self.socket.fileno(), self.certfile, self.keyfile)
+
+    def remove_file(self) -> None:
+        """Remove the file of a unix socket that we made, once nobody listens on it any more."""
+        if self.path is not None:
+            Path(self.path).unlink(missing_ok=True)
 
 
 def open_listeners(settings: InterfaceSettings) -> list[Listener]:

@@ -8,7 +8,7 @@ others waited. Not imported before the reactor is made, as the rest of Twisted's
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from twisted.internet import tcp, unix
 
@@ -46,4 +46,8 @@ class TcpPort(_FewAtOnce, tcp.Port):
 
 
 class UnixPort(_FewAtOnce, unix.Port):
-    pass
+    _shouldShutdown = False  # it would end the others' listening, too; for TCP Twisted sees to that itself
+
+    def connectionLost(self, reason: Any) -> None:
+        """As Twisted's, but the file stays: other processes listen on it, and whoever has made it removes it."""
+        tcp.Port.connectionLost(self, reason)  # type: ignore[no-untyped-call]

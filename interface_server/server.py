@@ -11,6 +11,7 @@ in connections.py, http1.py and websocket.py; this file puts them together.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -86,30 +87,33 @@ async def _serve(
     await life.start()
     # Before the broker is asked: a port that is taken is the likelier mistake.
     listeners = open_listeners(settings)
-    try:
-        layer = _build_layer(settings)
-        contexts = _load_tls(settings, listeners, loop)
-        server = server_class(settings, layer=layer, loop=loop, reactor=reactor)
-        await server.start()
-        for listener, context in zip(listeners, contexts, strict=True):
-            server.listen(listener.socket, context)
-        life.serving(
-            layer,
-            describe_all(listeners),
-            load=lambda: (server.connections.open_count, settings.connections_max),
-            facts=lambda: _describe_workers(layer, server.connections),
-        )
-    finally:
+    with contextlib.ExitStack() as files:
         for listener in listeners:
-            listener.socket.close()  # the server has a copy
-    # What exists now stays: no need to look through it at every collection.
-    gc.collect()
-    gc.freeze()
-    await life.stop.wait()
-    life.draining()
-    if not life.is_hurried:
-        await unless(life.at_once, asyncio.sleep(settings.drain_delay_s))
-    await server.stop(life.at_once, drain_timeout_s=life.drain_timeout_s(settings.drain_timeout_s))
+            files.callback(listener.remove_file)
+        try:
+            layer = _build_layer(settings)
+            contexts = _load_tls(settings, listeners, loop)
+            server = server_class(settings, layer=layer, loop=loop, reactor=reactor)
+            await server.start()
+            for listener, context in zip(listeners, contexts, strict=True):
+                server.listen(listener.socket, context)
+            life.serving(
+                layer,
+                describe_all(listeners),
+                load=lambda: (server.connections.open_count, settings.connections_max),
+                facts=lambda: _describe_workers(layer, server.connections),
+            )
+        finally:
+            for listener in listeners:
+                listener.socket.close()  # the server has a copy
+        # What exists now stays: no need to look through it at every collection.
+        gc.collect()
+        gc.freeze()
+        await life.stop.wait()
+        life.draining()
+        if not life.is_hurried:
+            await unless(life.at_once, asyncio.sleep(settings.drain_delay_s))
+        await server.stop(life.at_once, drain_timeout_s=life.drain_timeout_s(settings.drain_timeout_s))
     await life.close()
     return 0
 

@@ -213,8 +213,7 @@ def _supervise(options: argparse.Namespace, version: str) -> int:
             listeners = open_listeners(_interface_settings(options))
             for listener in listeners:
                 stack.enter_context(listener.socket)
-                if listener.path is not None:
-                    stack.callback(Path(listener.path).unlink, missing_ok=True)
+                stack.callback(listener.remove_file)
             _check_certificates(_interface_settings(options), listeners)
         if options.command == "serve" and options.reload:
             watch = SourceWatch(options.reload_dir or (options.app_dir or ".",))

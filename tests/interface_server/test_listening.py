@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 import sys
+from dataclasses import replace
 
 import pytest
 from twisted.internet.protocol import Factory, Protocol
@@ -174,6 +175,27 @@ def test_few_are_accepted_in_a_turn_and_all_at_the_end(kind, tmp_path):
         assert len(accepted) == len(clients)
         for each in (*clients, *(transport.socket for transport in accepted), port.socket):
             each.close()
+
+
+def test_the_file_of_a_unix_socket_outlives_one_that_stops_accepting(tmp_path):
+    """Others accept from it, too; who has made it removes it, also where that is not us."""
+    path = tmp_path / "socket"
+    settings = InterfaceSettings(redis_url="redis://unused", endpoints=(f"unix:{path}",), endpoints_only=True)
+    (listener,) = open_listeners(settings)
+    factory = Factory()
+    factory.noisy = False
+    with listener.socket:
+        for _ in range(2):
+            adopt(MemoryReactor(), listener.socket, factory).connectionLost(None)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(path))
+        (inherited,) = open_listeners(replace(settings, endpoints=(f"adopted:{os.dup(listener.socket.fileno())}",)))
+        inherited.socket.close()
+        inherited.remove_file()
+        assert path.exists()
+    listener.remove_file()
+    assert not path.exists()
+    listener.remove_file()  # somebody was faster
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="a kernel that cannot be told")

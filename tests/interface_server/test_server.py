@@ -334,3 +334,4 @@ def test_ready_is_told_and_a_signal_ends_it_cleanly(broker, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
+    assert not uds.exists()

@@ -1,6 +1,8 @@
 """Several sockets at once, in Twisted's words: each process serves all of them."""
 
+import contextlib
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 
 from tests.certificates import Authority
 from tests.servers import free_port
-from tests.system.processes import ROOT, Command, Served
+from tests.system.processes import ROOT, Command, Served, wait_until
 
 APP = "tests.system.applications:application"
 
@@ -44,6 +46,88 @@ def test_tcp_ssl_and_unix_beside_a_port(authority, tmp_path, interfaces):
         assert path.stat().st_mode & 0o777 == 0o600
         assert f"http://127.0.0.1:{plain} and https://127.0.0.1:{tls} and unix:{path}" in served.output
     assert not path.exists()
+
+
+class Upload:
+    """A request on a unix socket that has begun, and lasts until ``finish``."""
+
+    def __init__(self, path):
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(60)
+        self._socket.connect(str(path))
+        self._received = self._socket.makefile("rb")
+        self._socket.sendall(
+            b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nConnection: close\r\n"
+            b"Expect: 100-continue\r\n\r\n"
+        )
+        assert self._received.readline() == b"HTTP/1.1 100 Continue\r\n", "the application waits for the body"
+        assert self._received.readline() == b"\r\n"
+
+    def finish(self):
+        self._socket.sendall(b"body")
+        response = self._received.read()
+        self._received.close()
+        self._socket.close()
+        assert response.startswith(b"HTTP/1.1 200 ")
+        assert b'"bytes": 4' in response
+
+
+@contextlib.contextmanager
+def frozen(pid):
+    """Meanwhile the others do its work."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(lambda: state(pid) == "T", 30, "it is stopped")
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def state(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+def can_connect(path):
+    with socket.socket(socket.AF_UNIX) as client:
+        return client.connect_ex(str(path)) == 0
+
+
+def upload_to_each(path, pids):
+    """A request in flight in each of two processes."""
+    uploads = []
+    for other in pids:
+        with frozen(other):
+            uploads.append(Upload(path))
+    return uploads
+
+
+@pytest.mark.parametrize("flag", ["--uds={}", "--endpoint=unix:{}"])
+def test_requests_of_all_processes_on_a_unix_socket_finish(tmp_path, flag):
+    path = tmp_path / "app.sock"
+    with Command("serve", APP, flag.format(path), "--interfaces=2", "--drain-timeout=60") as served:
+        pids = [int(pid) for pid in served.wait_for(r"2 interface servers \(pid (\d+), (\d+)\)").groups()]
+        uploads = upload_to_each(path, pids)
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not can_connect(path), 30, "nobody listens")
+        assert served.process.poll() is None
+        for upload in uploads:
+            upload.finish()
+        status, output = served.wait_ended()
+        assert status == 0, output
+    assert not path.exists()
+
+
+def test_a_unix_socket_outlives_one_of_its_processes(tmp_path):
+    path = tmp_path / "app.sock"
+    with Command("serve", APP, "--uds", str(path), "--interfaces=2") as served:
+        ended, other = map(int, served.wait_for(r"2 interface servers \(pid (\d+), (\d+)\)").groups())
+        os.kill(ended, signal.SIGTERM)
+        served.wait_for(r"starting another")
+        Upload(path).finish()
+        served.wait_for(r"accepts on unix:", count=3)
+        with frozen(other):  # so the new one serves
+            Upload(path).finish()
 
 
 def test_endpoints_alone_take_the_place_of_the_default_address():
