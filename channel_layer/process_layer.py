@@ -21,6 +21,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -386,10 +387,14 @@ class RedisProcessLayer(ChannelsBackend):
         await parts.normal.close()
         parts.local.close()
         if parts.lease is not None:
+            # Not in the loop's own pool: the application may have filled that with calls that never end.
+            executor = ThreadPoolExecutor(1, "lease stop")
             try:
-                await parts.loop.run_in_executor(None, parts.lease.stop)
+                await parts.loop.run_in_executor(executor, parts.lease.stop)
             except RuntimeError:
                 parts.lease.stop()  # the interpreter is shutting down and starts no threads: nobody minds the wait
+            finally:
+                executor.shutdown(wait=False)
             if self.broker_reachable:
                 # What is still in the inbox was for a process that is no more.
                 inbox = (self.keys.link(self.process_id), self.keys.mail(self.process_id))

@@ -693,9 +693,11 @@ async def _serve(settings: WorkerSettings, pipe: StatusPipe) -> int:
     try:
         is_clean = await _serve_connections(settings, lifespan, process, layer, life)
     finally:
+        leaving = loop.create_task(layer.stop())
+        await unless(life.at_once, asyncio.wait([leaving]))
         try:
             async with asyncio.timeout(FORCED_LEAVE_TIMEOUT_S if life.at_once.is_set() else None):
-                await layer.stop()
+                await leaving
         except TimeoutError:
             logger.warning("the other processes will find this worker gone by its lease")
         await life.close()

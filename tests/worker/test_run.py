@@ -35,7 +35,7 @@ sys.exit(run(WorkerSettings(application=sys.argv[2], redis_url=sys.argv[1], app_
 """
 
 APPLICATION = """
-import asyncio, sys, time
+import asyncio, os, sys, time
 import channel_layer
 from channel_layer import get_channel_layer
 
@@ -75,6 +75,23 @@ async def stubborn(scope, receive, send):
             await asyncio.sleep(300)
         except asyncio.CancelledError:
             pass
+
+def block():
+    os.write(1, b"blocked\\n")
+    time.sleep(300)
+
+async def filling(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return await app(scope, receive, send)
+    await asyncio.gather(*[asyncio.to_thread(block) for _ in range(int(os.environ["ASGI_THREADS"]))])
+
+async def leaving(scope, receive, send):
+    async def leave():
+        print("leaving", flush=True)
+        await asyncio.Event().wait()
+
+    layer.stop = leave
+    await app(scope, receive, send)
 
 async def failing(scope, receive, send):
     await send({"type": "lifespan.startup.failed", "message": "no database here"})
@@ -279,6 +296,42 @@ async def test_what_does_not_end_does_not_keep_the_process_after_the_stop_timeou
     assert "lifespan.shutdown" in out
     assert status == 1
     assert "threads or tasks of the application do not end" in err
+
+
+def test_a_second_signal_ends_the_process_also_while_its_layer_stops(
+    broker_server: BrokerServer, tmp_path: Path, workers: list[Worker]
+) -> None:
+    worker = Worker(broker_server.url, tmp_path, "main:leaving")
+    workers.append(worker)
+    assert worker.wait_ready() == b"ready\n"
+    worker.process.send_signal(signal.SIGTERM)
+    worker.wait_line("leaving")
+    worker.process.send_signal(signal.SIGINT)  # see above
+    status, _, err = worker.end()
+    assert status == 1
+    assert "will find this worker gone by its lease" in err
+
+
+async def test_a_full_thread_pool_does_not_keep_the_process(
+    broker_server: BrokerServer,
+    interface: Interface,
+    tmp_path: Path,
+    workers: list[Worker],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ASGI_THREADS", "4")
+    worker = Worker(broker_server.url, tmp_path, "main:filling", settings="drain_timeout_s=0.1")
+    workers.append(worker)
+    assert await asyncio.to_thread(worker.wait_ready) == b"ready\n"
+    await interface.open(make_opening(http_scope(), interface=interface.layer.process_id, first=REQUEST))
+    for _ in range(4):
+        await asyncio.to_thread(worker.wait_line, "blocked")
+    worker.process.send_signal(signal.SIGTERM)
+    status, out, err = await asyncio.to_thread(worker.end)
+    assert "lifespan.shutdown" in out
+    assert status == 1
+    assert "threads or tasks of the application do not end" in err
+    await interface.until(lambda: interface.ended_peers)
 
 
 def test_a_signal_during_startup_ends_the_worker(
