@@ -65,6 +65,7 @@ class _ChannelReader:
         "idle",
         "idle_since",
         "is_closing",
+        "is_interrupted",
         "is_reading",
         "is_started",
         "key",
@@ -88,6 +89,8 @@ class _ChannelReader:
         self.idle_since = 0.0
         # The task is inside of pop(), the one place where it may be cancelled while it is to go on.
         self.is_reading = False
+        # It was cancelled there by interrupt().
+        self.is_interrupted = False
         # A surplus on its way back to the list; the next read waits for it, to keep the order.
         self.returning: asyncio.Task[None] | None = None
         self.is_started = False  # a task that is cancelled before would end without a word
@@ -103,6 +106,12 @@ class _ChannelReader:
     def wake(self) -> None:
         if self.idle is not None and not self.idle.done():
             self.idle.set_result(None)
+
+    def interrupt(self) -> None:
+        """End the read that is under way, if any: what it brings returns to the list. The task goes on."""
+        if self.is_reading and not self.is_interrupted and self.task is not None:
+            self.is_interrupted = True
+            self.task.cancel()
 
 
 class NormalChannels:
@@ -163,9 +172,8 @@ class NormalChannels:
                 self._give_back(channel, state, waiter.future.result())
             elif waiter in state.waiters:
                 state.waiters.remove(waiter)
-                if not state.waiters and state.is_reading and state.task is not None:
-                    # Nobody is left to take what the read would bring: end it. The task goes on.
-                    state.task.cancel()
+                if not state.waiters:
+                    state.interrupt()  # nobody is left to take what the read would bring
             raise
         self._taken_count += len(elements)
         return elements
@@ -213,6 +221,7 @@ class NormalChannels:
             return
         state.returned.extend(elements)
         state.wake()
+        state.interrupt()  # what the read would bring is newer
 
     def _end(self, channel: str, state: _ChannelReader) -> None:
         del self._readers[channel]
@@ -226,6 +235,8 @@ class NormalChannels:
 
     async def _run(self, state: _ChannelReader) -> None:
         state.is_started = True
+        task = asyncio.current_task()
+        assert task is not None
         failures = 0  # in a row
         try:
             while not state.is_closing:
@@ -249,14 +260,14 @@ class NormalChannels:
                             taken = await state.reader.pop(state.next_keys(), count)
                         finally:
                             state.is_reading = False
+                            if state.is_interrupted:
+                                state.is_interrupted = False
                         failures = 0
                         if taken is not None:
                             self._hand_out(state, taken[1])
                 except asyncio.CancelledError:
                     # The last call was cancelled and so was the read; or the reader is being closed.
-                    task = asyncio.current_task()
-                    if task is not None:
-                        task.uncancel()
+                    task.uncancel()
                 except BrokerUnavailable:
                     failures += 1
                     if failures > 1:  # else the next pop() waits for the broker itself

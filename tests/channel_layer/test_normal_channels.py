@@ -1,4 +1,4 @@
-"""Reading normal channels while the broker refuses to be read."""
+"""Reading normal channels: a broker that refuses to be read, reads that end early."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import asyncio
 
 import pytest
 
+from channel_layer.blocking_reader import ReaderState
 from channel_layer.errors import BrokerError
+from channel_layer.normal_channels import NormalChannels
 from tests.channel_layer.processes import PATIENCE_S, started, until
 from tests.servers import BrokerServer
+
+
+def is_reading(channels: NormalChannels, channel: str) -> bool:
+    """Whether a read of the channel is under way at the broker."""
+    reader = channels._readers.get(channel)
+    return reader is not None and reader.is_reading and reader.reader.statistics().state is ReaderState.READING
 
 
 async def test_a_broker_that_takes_no_writes_for_a_while_is_waited_for(any_broker_server: BrokerServer) -> None:
@@ -36,3 +44,18 @@ async def test_a_key_of_another_type_fails_the_call(broker_server: BrokerServer)
             client.set("trunkline:1:channel:{jobs}", "no list")
         with pytest.raises(BrokerError, match="WRONGTYPE"):
             await worker.receive("jobs")
+
+
+async def test_what_returns_comes_before_what_a_read_under_way_would_bring(broker_server: BrokerServer) -> None:
+    async with started(broker_server.url) as (worker, _):
+        assert worker._parts is not None
+        channels = worker._parts.normal
+        await worker.send("jobs", {"type": "older"})
+        older = await channels.take("jobs", 1)
+        waiting = asyncio.create_task(channels.take("jobs", 1))
+        await until(lambda: is_reading(channels, "jobs"))
+        channels.give_back("jobs", older)
+        await worker.send("jobs", {"type": "newer"})
+        async with asyncio.timeout(PATIENCE_S):
+            assert await waiting == older
+            assert await worker.receive("jobs") == {"type": "newer"}
