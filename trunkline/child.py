@@ -75,6 +75,7 @@ class Child:
         self.keeper: asyncio.Task[None] | None = None  # starts another when it has ended
         self.started_at = 0.0
         self.deaths_in_a_row = 0
+        self.has_been_ready = False  # in any of its lives
         self.is_broker_away = False  # it ended because it could not reach the broker when it started
         self.heard_at = 0.0  # when it last said something
         self.process_id = ""  # on the broker, as soon as it can have links; of the last one until the next one starts
@@ -228,6 +229,7 @@ class Child:
         elif self._word is StatusWord.READY and self.ready is not None and not self.ready.done():
             logger.debug("%s is ready %s", self.spec.title, self._text)
             self.ready.set_result(True)
+            self.has_been_ready = True
 
     def _close_pipe(self) -> None:
         if self._pipe is not None:

@@ -300,10 +300,11 @@ class Supervisor:
             # One that could not reach a broker that answered a moment ago is tried again, as one that runs would try.
             is_final = not was_ready and not child.is_broker_away and child.spec.role is not Role.BROKER
             if is_final and self.phase is Phase.STARTING:
-                # It has said why itself. What cannot start now would not start the next time.
-                self._status = status if status > 0 else 1
-                return
-            if is_final and self._watch is not None and child.spec.role is Role.WORKER:
+                # It has said why itself. What never could start would not start the next time.
+                if not child.has_been_ready:
+                    self._status = status if status > 0 else 1
+                    return
+            elif is_final and self._watch is not None and child.spec.role is Role.WORKER:
                 logger.warning("%s could not start; waiting for a file to change", child.spec.title)
                 return
             if loop.time() - child.started_at > STEADY_AFTER_S:

@@ -228,6 +228,34 @@ async def test_a_process_that_ends_before_it_is_ready_ends_the_command_with_its_
         await asyncio.wait((task,), timeout=PATIENCE_S)
 
 
+@pytest.mark.parametrize("reload", [False, True])
+async def test_one_that_was_ready_once_is_started_again_while_others_still_start(
+    reload: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Even if the next one could not start."""
+    monkeypatch.setattr(module, "RESTART_DELAY_S_MAX", 0.05)
+    wait = (
+        "import pathlib, time; here = pathlib.Path(" + repr(str(tmp_path)) + ")\n"
+        "def wait(name):\n"
+        "    while not (here / name).exists(): time.sleep(0.01)\n"
+    )
+    code = wait + (
+        "if not (here / 'first').exists():\n"
+        f"    (here / 'first').touch(); {READY}wait('others start'); sys.exit(1)\n"
+        "if not (here / 'second').exists():\n"
+        "    (here / 'second').touch(); 'TRUNKLINE_STATUS_FD'; raise SystemExit(1)\n"
+        f"(here / 'third').touch(); {STAYS}"
+    )
+    other = wait + "(here / 'others start').touch(); wait('third'); " + STAYS
+    supervisor = Supervisor([script(code), script(other, number=2)], watch=Watch() if reload else None)
+    worker = supervisor.children[0]
+    async with running(supervisor):
+        await until(lambda: worker.keeper is not None and (worker.keeper.done() or (tmp_path / "third").exists()))
+        assert worker.keeper is not None
+        assert not worker.keeper.done()
+        await until(lambda: worker.is_ready and supervisor.phase is module.Phase.RUNNING)
+
+
 async def test_a_signal_during_the_start_ends_it_with_status_0() -> None:
     supervisor = Supervisor([script("import time; 'TRUNKLINE_STATUS_FD'; time.sleep(60)")])
     async with running(supervisor):
