@@ -174,9 +174,11 @@ def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
         where = f"{settings.host}:{settings.port}"
     try:
         listening = _open(settings)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         reason = str(error)
-        if isinstance(error, socket.gaierror):
+        if isinstance(error, UnicodeError):
+            reason = "this is no name of a host"  # its text is about a codec
+        elif isinstance(error, socket.gaierror):
             reason = error.strerror or reason  # its numbers are not errno's
         elif isinstance(error, OSError) and error.errno is not None:
             reason = os.strerror(error.errno)  # create_server adds the address, which we say already

@@ -91,6 +91,12 @@ def test_an_unknown_host():
         listen(host="no.such.invalid", port=0)
 
 
+@pytest.mark.parametrize("host", ["a..b", "a" * 64 + ".b"])
+def test_what_is_no_host_at_all(host):
+    with pytest.raises(OSError, match=r"cannot listen on a.*b:0: this is no name of a host"):
+        listen(host=host, port=0)
+
+
 def test_a_unix_socket_others_may_use_and_a_stale_one_is_replaced(tmp_path):
     path = str(tmp_path / "s")
     listen(uds=path).close()
