@@ -89,7 +89,7 @@ class _ChannelReader:
         self.idle_since = 0.0
         # The task is inside of pop(), the one place where it may be cancelled while it is to go on.
         self.is_reading = False
-        # It was cancelled there by interrupt().
+        # It was cancelled there by interrupt(). Whatever else cancels it means its end.
         self.is_interrupted = False
         # A surplus on its way back to the list; the next read waits for it, to keep the order.
         self.returning: asyncio.Task[None] | None = None
@@ -262,12 +262,13 @@ class NormalChannels:
                             state.is_reading = False
                             if state.is_interrupted:
                                 state.is_interrupted = False
+                                task.uncancel()
                         failures = 0
                         if taken is not None:
                             self._hand_out(state, taken[1])
                 except asyncio.CancelledError:
-                    # The last call was cancelled and so was the read; or the reader is being closed.
-                    task.uncancel()
+                    if task.cancelling():
+                        raise  # the reader is being closed, or the program ends without that
                 except BrokerUnavailable:
                     failures += 1
                     if failures > 1:  # else the next pop() waits for the broker itself
@@ -282,11 +283,11 @@ class NormalChannels:
         except Exception as error:
             logger.exception("reading %s ended", state.key)
             self._fail(state, error)
+            raise
+        finally:
             for channel, other in list(self._readers.items()):
                 if other is state:
                     del self._readers[channel]
-            raise
-        finally:
             await state.reader.close()
             while state.returned:
                 await self._return(state.key, self._collect_returned(state))

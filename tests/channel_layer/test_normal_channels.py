@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import pytest
 
@@ -59,3 +60,31 @@ async def test_what_returns_comes_before_what_a_read_under_way_would_bring(broke
         async with asyncio.timeout(PATIENCE_S):
             assert await waiting == older
             assert await worker.receive("jobs") == {"type": "newer"}
+
+
+async def test_a_program_ends_that_does_not_close_its_layer(broker_server: BrokerServer) -> None:
+    """asyncio.run() cancels every task once, and waits for it."""
+    program = await asyncio.create_subprocess_exec(sys.executable, "-c", _UNCLOSED_PROGRAM, broker_server.url)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            assert await program.wait() == 0
+    finally:
+        if program.returncode is None:
+            program.kill()
+            await program.wait()
+
+
+_UNCLOSED_PROGRAM = """
+import asyncio, sys
+from channel_layer.process_layer import RedisProcessLayer
+from tests.channel_layer.processes import RecordingListener, until
+from tests.channel_layer.test_normal_channels import is_reading
+
+async def main():
+    layer = RedisProcessLayer(sys.argv[1], role="worker")
+    await layer.start(RecordingListener())
+    receiving = asyncio.create_task(layer.receive("jobs"))
+    await until(lambda: is_reading(layer._parts.normal, "jobs"))
+
+asyncio.run(main())
+"""
