@@ -150,6 +150,8 @@ class Http2Connection:
                     stream.is_waiting = True
                     self._waiting.append(stream)
         self._send()
+        if self.factory.is_stopping:
+            self.stop()  # nobody could say so before it began
 
     def connection_lost(self) -> None:
         """The socket is gone."""
