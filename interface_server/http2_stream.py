@@ -321,6 +321,8 @@ class Http2Stream:
                 self._client.resume_writing()
             elif self._websocket is not None:
                 self._websocket.resume_producing()
+        if size and not self.held_bytes and self._client is not None and not self._request_ended:
+            self._arm()  # from now on it is the body that the client owes
         return size
 
     def _sent_end(self, h2: H2Connection) -> None:

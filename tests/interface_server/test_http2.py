@@ -200,6 +200,46 @@ def test_a_body_that_does_not_come_is_a_408_for_its_stream() -> None:
     assert world.connections.opened[1].last_event is None
 
 
+@pytest.mark.parametrize(("timeouts", "is_late"), [((120, 0), False), ((120, 5), True), ((0, 5), True)])
+def test_the_time_of_a_body_goes_on_when_the_client_has_taken_what_was_held(
+    timeouts: tuple[float, float], is_late: bool
+) -> None:
+    write_timeout_s, body_timeout_s = timeouts
+    world = Http2World(write_timeout_s=write_timeout_s, body_timeout_s=body_timeout_s)
+    stream_id = world.request(method="POST", ends=False)
+    connection = world.last
+    connection.client.application_event(START)
+    world.send(connection, bytes(100_000))
+    world.exchange()
+    world.advance(10)  # it owes us nothing as long as we owe it the rest
+    for target in (None, stream_id):
+        world.client.increment_flow_control_window(100_000, target)
+    assert sum(len(event.data) for event in of_kind(world.exchange(), DataReceived)) == 100_000 - 65535
+    world.advance(4)
+    assert connection.last_event is None
+    world.advance(2)
+    assert (connection.last_event is not None) is is_late
+    world.advance(240)
+    assert (connection.last_event is not None) is is_late
+
+
+def test_a_client_that_waits_for_100_has_no_deadline_behind_what_was_held() -> None:
+    world = Http2World()
+    stream_id = world.client.get_next_available_stream_id()
+    fields = [(":method", "POST"), (":scheme", "http"), (":path", "/"), (":authority", "a")]
+    world.client.send_headers(stream_id, [*fields, ("expect", "100-continue")])
+    world.exchange()
+    connection = world.last
+    connection.client.application_event(START)
+    world.send(connection, bytes(100_000))
+    world.exchange()
+    for target in (None, stream_id):
+        world.client.increment_flow_control_window(100_000, target)
+    world.exchange()
+    world.advance(240)
+    assert connection.last_event is None
+
+
 def test_the_time_of_a_body_stands_still_while_its_application_does_not_take_it() -> None:
     world = Http2World(body_timeout_s=5)
     stream_id = world.request(method="POST", ends=False)
