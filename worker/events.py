@@ -169,6 +169,11 @@ class SentEvents:
         """True when the application has nothing more to say to the client."""
         return self.state is self.final_state
 
+    @property
+    def holds_start(self) -> bool:
+        """True while an http.response.start waits for its body."""
+        return False
+
     def release_start(self) -> Event | None:
         """Return the held http.response.start, if there is one: it leaves now, without a body."""
         return None
@@ -241,6 +246,10 @@ class HttpEvents(SentEvents):
             if isinstance(kind, str) and (kind in self._builders or kind in _EXTENSIONS) and kind.startswith("http."):
                 return ()
         return self._build(message)
+
+    @property
+    def holds_start(self) -> bool:
+        return self._held_start is not None
 
     def release_start(self) -> Event | None:
         start, self._held_start = self._held_start, None

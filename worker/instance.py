@@ -72,6 +72,7 @@ logger = logging.getLogger("trunkline.worker")
 CURRENT_INSTANCE: Final[contextvars.ContextVar[Instance]] = contextvars.ContextVar("CURRENT_INSTANCE")
 
 _HTTP_DISCONNECT: Final = {"type": "http.disconnect"}
+_EMPTY_BODY: Final = {"type": "http.response.body", "body": b"", "more_body": True}
 
 # Enough to see which line of the application called which library; a whole chain through middleware is a page.
 _WAIT_FRAMES_SHOWN: Final = 4
@@ -568,8 +569,9 @@ class Instance:
             if self._disconnect is not None and not self._is_frozen:
                 return dict(self._disconnect)
             # A response of which only the start was sent, by an application that waits: it may mean to send its
-            # body from elsewhere, through a group. So the client gets the head now.
-            self._release_start()
+            # body from elsewhere, through a group. So the client gets the head, unless a body follows in this turn.
+            if self._sent.holds_start:
+                self._loop.call_soon(self._release_start)
             if self._moving is not None:
                 self._freeze_if_still()
             self._turn_left = TURN_EVENTS_MAX
@@ -601,8 +603,8 @@ class Instance:
         if self._receivers:
             if sent.state is State.COMPLETE:
                 self._wake_receivers()
-            elif not events:
-                self._release_start()
+            elif sent.holds_start:
+                self._loop.call_soon(self._release_start)
         if not events:  # a held http.response.start, or what follows a complete response
             return
         if sent.state is State.COMPLETE and self._may_answer and not self._unsent and _is_short_answer(events):
@@ -757,9 +759,14 @@ class Instance:
             self._end()
 
     def _release_start(self) -> None:
+        """Let a start leave that has no body yet, if the application (still) waits in receive()."""
+        if self._refusal is not None or all(receiver.done() for receiver in self._receivers):
+            return
         start = self._sent.release_start()
-        if start is not None and self._refusal is None:
-            self._unsent.append(_Sending(iter((start,)), None))
+        if start is not None:
+            self.claim()
+            # The head is written with the first body.
+            self._unsent.append(_Sending(iter((start, _EMPTY_BODY)), None))
             self._pump()
 
     def _disconnected(self, event: dict[str, Any], reason: str) -> None:

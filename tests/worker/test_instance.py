@@ -468,12 +468,46 @@ async def test_a_start_without_body_is_sent_when_the_application_waits_in_receiv
         assert (await receive())["type"] == "http.disconnect"
 
     bench = Bench(application)
-    assert await bench.settle() == [START]
+    assert await bench.settle() == [START, body(b"", True)]  # the head is written with a body
     bench.disconnect(DISCONNECT)
     assert await bench.over() is Outcome.RETURNED
 
 
-async def test_a_start_is_sent_at_once_when_somebody_waits_in_receive_already() -> None:
+async def test_the_claim_leaves_before_a_start_without_body() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(START)
+        await receive()
+
+    bench = Bench(application, started=False)
+    bench.instance.start()
+    await turns()
+    frames = bench.link.take()
+    assert [frame[0] for frame in frames] == [FrameKind.CLAIM, FrameKind.EVENT, FrameKind.EVENT]
+    bench.instance.grant()
+    bench.deliver(*bench.interface.read(frames))
+    bench.disconnect(DISCONNECT)
+    await bench.over()
+
+
+async def test_behind_a_start_that_left_alone_all_that_may_follow_a_start_may_follow() -> None:
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(START)
+        listening = asyncio.create_task(receive())
+        await turns(5)
+        with pytest.raises(InvalidEvent):
+            await send(START)
+        await send({"type": "http.response.pathsend", "path": "/file"})
+        await listening
+
+    bench = Bench(application, scope=http_scope(extensions={"http.response.pathsend": {}}))
+    events = await bench.settle()
+    assert events == [START, body(b"", True), {"type": "http.response.pathsend", "path": "/file"}]
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_start_is_sent_when_somebody_waits_in_receive_already() -> None:
     async def application(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         listening = asyncio.create_task(receive())
@@ -482,9 +516,46 @@ async def test_a_start_is_sent_at_once_when_somebody_waits_in_receive_already() 
         await listening
 
     bench = Bench(application)
-    assert await bench.settle() == [START]
+    assert await bench.settle() == [START, body(b"", True)]
     bench.disconnect(DISCONNECT)
     await bench.over()
+
+
+async def test_a_start_waits_for_a_body_that_follows_it_at_once() -> None:
+    """As Django's does, which listens for the disconnect meanwhile: the body, complete, gets its length."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        listening = asyncio.create_task(receive())
+        await turns(3)
+        await send(START)
+        await send(body(b"hello"))
+        await listening
+
+    bench = Bench(application)
+    assert await bench.settle() == [START, body(b"hello")]
+    assert await bench.over() is Outcome.RETURNED
+
+
+async def test_a_start_does_not_leave_for_a_receive_that_is_cancelled_at_once() -> None:
+    """As Starlette's is_disconnected() does, which only looks."""
+    seen = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(START)
+        looking = asyncio.create_task(receive())
+        await asyncio.sleep(0)
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        await turns(3)
+        seen.set()
+        raise ZeroDivisionError("still a clean 500")
+
+    bench = Bench(application)
+    assert await bench.over() is Outcome.RAISED
+    assert seen.is_set()
+    assert bench.interface.events == []
 
 
 @pytest.mark.parametrize("end", ["returns", "raises"])

@@ -165,6 +165,12 @@ def test_too_little_is_cut() -> None:
     assert output.end is End.CUT
 
 
+def test_an_empty_body_of_which_more_follows_writes_the_head() -> None:
+    for method in ("GET", "HEAD"):
+        outputs = run(exchange(method), start(), body(b"", True), body())
+        assert [list(output.data) for output in outputs[-2:]] == [[head()], [Data(b"", True)]]
+
+
 def test_interim_responses_and_trailers() -> None:
     subject = exchange("POST", expects_continue=True, complete=False)
     assert list(subject.apply_receiving().data) == [Fields([(b":status", b"100")], False)]

@@ -98,6 +98,25 @@ def test_a_response_of_unknown_length_is_chunked() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "status", "headers", "lines"),
+    [
+        ("GET", 200, [], b"transfer-encoding: chunked\r\n"),
+        ("GET", 200, [(b"content-length", b"5")], b"content-length: 5\r\n"),
+        ("HEAD", 200, [], b""),
+        ("GET", 204, [], b""),
+    ],
+)
+def test_an_empty_body_of_which_more_follows_writes_the_head(
+    method: str, status: int, headers: list[tuple[bytes, bytes]], lines: bytes
+) -> None:
+    subject = exchange(method=method)
+    written, end, problems = run(subject, start(*headers, status=status), body(b"", True))
+    assert written.split(b"\r\n", 1)[1] == lines + b"\r\n"
+    assert (end, problems) == (None, [])
+    assert run(subject, body(b"hello"))[1:] == (End.KEEP, [])
+
+
 def test_to_http_1_0_the_end_of_the_connection_is_the_end_of_the_body() -> None:
     assert run(exchange(http_version="1.0"), start(), body(b"hello", True), body(b"!")) == (
         b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\nhello!",
