@@ -78,8 +78,13 @@ class AdminServer:
             self._server = await asyncio.start_server(
                 self._connected, self.host, self.port, limit=_HEAD_BYTES_MAX, reuse_address=True
             )
-        except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)  # asyncio's text has the address again
+        except (OSError, UnicodeError) as error:
+            if isinstance(error, UnicodeError):
+                reason = "this is no name of a host"  # its text is about a codec
+            else:
+                reason = (
+                    os.strerror(error.errno) if error.errno else str(error)
+                )  # asyncio's text has the address again
             raise AdminPortError(f"cannot listen on the admin port {self.host}:{self.port}: {reason}") from error
         self.port = self._server.sockets[0].getsockname()[1]
         logger.info("health checks on http://%s:%d/readyz and /healthz", _bracketed(self.host), self.port)

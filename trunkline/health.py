@@ -24,7 +24,7 @@ def ask(what: str, host: str, port: int) -> int:
         connection.request("GET", _PATHS[what])
         answer = connection.getresponse()
         text = answer.read(65536).decode("utf-8", "replace").strip()
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:  # UnicodeError: no name of a host
         print(f"trunkline: nothing answers on {host}:{port}: {error}", file=sys.stderr)
         return 1
     finally:

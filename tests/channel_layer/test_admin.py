@@ -125,6 +125,11 @@ async def test_close_drops_who_is_there_and_may_come_twice(server: AdminServer) 
     assert "closed, 1 answers" in repr(server)
 
 
+async def test_what_is_no_name_of_a_host_is_named() -> None:
+    with pytest.raises(AdminPortError, match=r"cannot listen on the admin port a\.\.b:0: this is no name of a host"):
+        await AdminServer("a..b", 0, {}).start()
+
+
 async def test_a_taken_port_is_named(server: AdminServer) -> None:
     with pytest.raises(AdminPortError, match=rf"cannot listen on the admin port 127\.0\.0\.1:{server.port}: Address"):
         await AdminServer("127.0.0.1", server.port, {}).start()

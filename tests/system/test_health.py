@@ -120,6 +120,9 @@ def test_wrong_use_of_health_is_one_line():
     asked = health("--admin-port", str(free_port()))
     assert (asked.returncode, asked.stdout) == (1, "")
     assert asked.stderr.startswith("trunkline: nothing answers on 127.0.0.1:")
+    asked = health("--admin-port", "1", "--admin-host", "a..b")
+    assert (asked.returncode, asked.stdout) == (1, "")
+    assert asked.stderr.startswith("trunkline: nothing answers on a..b:1: ") and asked.stderr.count("\n") == 1
 
 
 def test_health_of_something_else_is_one_line():
