@@ -643,15 +643,21 @@ def run(settings: WorkerSettings) -> int:
     pipe = StatusPipe(os.environ)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(_serve(settings, pipe))
-    except ApplicationError as error:
-        if error.details:
-            print(error.details, file=sys.stderr)
-        return fail(error, 2, pipe=pipe)
-    except (BrokerUnsuitable, WrongInput) as error:
-        return fail(error, 2, pipe=pipe)
-    except (BrokerUnavailable, LifespanFailed, AdminPortError) as error:
-        return fail(error, 1, pipe=pipe)
+            status = 1
+            try:
+                status = runner.run(_serve(settings, pipe))
+            # Said here, not behind the Runner, which waits for the application's tasks and threads.
+            except ApplicationError as error:
+                if error.details:
+                    print(error.details, file=sys.stderr)
+                status = fail(error, 2, pipe=pipe)
+            except (BrokerUnsuitable, WrongInput) as error:
+                status = fail(error, 2, pipe=pipe)
+            except (BrokerUnavailable, LifespanFailed, AdminPortError) as error:
+                status = fail(error, 1, pipe=pipe)
+            finally:
+                _limit_exit(runner.get_loop(), status or 1)
+        return status
     except KeyboardInterrupt:  # before the signal handlers were there
         return fail("interrupted", 1, pipe=pipe)
 
@@ -703,11 +709,6 @@ async def _serve(settings: WorkerSettings, pipe: StatusPipe) -> int:
         await life.close()
     if life.at_once.is_set():
         _leave_at_once(1)
-    # Threads that run the application's synchronous code cannot be ended, and a task may refuse to be cancelled:
-    # Python would wait for them for ever. Most are idle and end at once; this thread ends with the process then.
-    threads_remain = any(not (thread.daemon or thread is threading.main_thread()) for thread in threading.enumerate())
-    if threads_remain or len(asyncio.all_tasks()) > 1:
-        threading.Thread(target=_leave_after, args=(EXIT_TIMEOUT_S,), daemon=True).start()
     return 0 if is_clean else 1
 
 
@@ -763,10 +764,19 @@ def _build_layer(settings: WorkerSettings) -> RedisProcessLayer:
         raise WrongInput(str(error)) from error
 
 
-def _leave_after(timeout_s: float) -> NoReturn:
+def _limit_exit(loop: asyncio.AbstractEventLoop, status: int) -> None:
+    """Have the process end with ``status``, EXIT_TIMEOUT_S from now, if it does not end by itself."""
+    # Threads that run the application's synchronous code cannot be ended, and a task may refuse to be cancelled:
+    # Python would wait for them for ever. Most are idle and end at once; this thread ends with the process then.
+    threads_remain = any(not (thread.daemon or thread is threading.main_thread()) for thread in threading.enumerate())
+    if threads_remain or asyncio.all_tasks(loop):
+        threading.Thread(target=_leave_after, args=(EXIT_TIMEOUT_S, status), daemon=True).start()
+
+
+def _leave_after(timeout_s: float, status: int) -> NoReturn:
     time.sleep(timeout_s)
     logger.error("threads or tasks of the application do not end: the worker leaves without them")
-    _leave_at_once(1)
+    _leave_at_once(status)
 
 
 def _leave_at_once(status: int) -> NoReturn:

@@ -35,7 +35,7 @@ sys.exit(run(WorkerSettings(application=sys.argv[2], redis_url=sys.argv[1], app_
 """
 
 APPLICATION = """
-import asyncio, os, sys, time
+import asyncio, os, sys, threading, time
 import channel_layer
 from channel_layer import get_channel_layer
 
@@ -70,6 +70,9 @@ async def stubborn(scope, receive, send):
         return await app(scope, receive, send)
     await send({"type": "http.response.start", "status": 200})
     await send({"type": "http.response.body", "more_body": True})
+    await refuse()
+
+async def refuse():
     while True:
         try:
             await asyncio.sleep(300)
@@ -95,6 +98,19 @@ async def leaving(scope, receive, send):
 
 async def failing(scope, receive, send):
     await send({"type": "lifespan.startup.failed", "message": "no database here"})
+
+async def failing_with_call(scope, receive, send):
+    asyncio.get_running_loop().run_in_executor(None, block)
+    await failing(scope, receive, send)
+
+async def failing_with_thread(scope, receive, send):
+    threading.Thread(target=block).start()
+    await failing(scope, receive, send)
+
+async def failing_with_task(scope, receive, send):
+    scope["state"]["task"] = asyncio.create_task(refuse())
+    await asyncio.sleep(0)
+    await failing(scope, receive, send)
 
 async def starting(scope, receive, send):
     print("starting", flush=True)
@@ -380,3 +396,43 @@ def test_a_broker_that_cannot_be_used_is_one_line(
     assert ended == status
     assert err.startswith("trunkline: ")
     assert err.count("\n") == 1
+
+
+THREADED = "import main, threading\nthreading.Thread(target=main.block).start()"
+LEFT = "threads or tasks of the application do not end: the worker leaves without them"
+
+
+@pytest.mark.parametrize("what", ["call", "thread", "task"])
+def test_what_a_failed_startup_leaves_behind_does_not_keep_the_worker(
+    broker_server: BrokerServer, tmp_path: Path, workers: list[Worker], what: str
+) -> None:
+    worker = Worker(broker_server.url, tmp_path, f"main:failing_with_{what}")
+    workers.append(worker)
+    status, _, err = worker.end()
+    assert status == 1
+    assert err.splitlines() == ["trunkline: the application could not start: no database here", LEFT]
+
+
+def test_a_thread_of_an_import_that_fails_does_not_keep_the_worker(
+    broker_server: BrokerServer, tmp_path: Path, workers: list[Worker]
+) -> None:
+    (tmp_path / "threaded.py").write_text(f"{THREADED}\n1 / 0")
+    worker = Worker(broker_server.url, tmp_path, "threaded:app")
+    workers.append(worker)
+    status, _, err = worker.end()
+    assert status == 2
+    *_, said, left = err.splitlines()
+    assert said.startswith("trunkline: ")
+    assert left == LEFT
+
+
+def test_a_thread_of_an_import_does_not_keep_a_worker_without_broker(tmp_path: Path, workers: list[Worker]) -> None:
+    (tmp_path / "threaded.py").write_text(f"{THREADED}\napp = main.app")
+    worker = Worker(f"redis://127.0.0.1:{free_port()}", tmp_path, "threaded:app")
+    workers.append(worker)
+    status, _, err = worker.end()
+    assert status == 1
+    said, left = err.splitlines()
+    assert said.startswith("trunkline: ")
+    assert left == LEFT
+    assert worker.wait_ready() == b"broker-away\n"
