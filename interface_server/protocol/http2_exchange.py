@@ -51,6 +51,9 @@ class Http2Exchange(HttpExchange):
             server_headers=server_headers,
         )
 
+    def _takes_trailers(self) -> bool:
+        return self._has_whole_body()
+
     def _frame(self, head: Any, body: bytes, *, is_last: bool) -> Sequence[Any]:
         parts: list[Any] = []
         if head:

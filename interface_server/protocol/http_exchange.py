@@ -9,8 +9,8 @@ HTTP/2 has the same exchange with other bytes: http2_exchange.py overrides the m
 The head is not written with the start but with the first body event (ASGI "Response Start" allows it): until then a
 failure can still be answered properly, the two leave in one write, and a body that is complete gets its length.
 
-Interim responses (103, where the ASGI extension is offered) leave at once. Trailers follow a body of chunks, with
-which the response is over; behind any other body they mean nothing and are counted as late.
+Interim responses (103, where the ASGI extension is offered) leave at once. Trailers follow a body of chunks, or any
+in HTTP/2, with which the response is over; behind any other body they mean nothing and are counted as late.
 
 Framing is ours (H18): the application's content-length if it gave one, chunks to HTTP/1.1, else the end of the
 connection. What the application may send is checked in its worker, inside ``send()``; what is wrong here all the
@@ -295,6 +295,10 @@ class HttpExchange:
     def _sends_length(self) -> bool:
         return self._framing is _Framing.LENGTH
 
+    def _has_whole_body(self) -> bool:
+        """True if nothing is missing of a body that ends here."""
+        return self._framing is not _Framing.NOTHING and not self._remaining_bytes
+
     def _write(self, head: Any, body: bytes, *, is_last: bool) -> Output:
         problem = None
         framing = self._framing
@@ -310,7 +314,7 @@ class HttpExchange:
                 left = 0
             self._remaining_bytes = left
         self.body_bytes += len(body)
-        if is_last and self._promises_trailers and framing is _Framing.CHUNKS:
+        if is_last and self._promises_trailers and self._takes_trailers():
             self._body_is_over = True
             is_last = False
         data = self._frame(head, body, is_last=is_last)
@@ -324,6 +328,10 @@ class HttpExchange:
         return Output(data, End.KEEP if keep else End.CLOSE, problem)
 
     # Framing: what is different in HTTP/2
+
+    def _takes_trailers(self) -> bool:
+        """True if trailers may follow the body, which is complete."""
+        return self._framing is _Framing.CHUNKS
 
     def _frame(self, head: Any, body: bytes, *, is_last: bool) -> Sequence[Any]:
         """Return the bytes of a step. ``head`` is what ``_build_head`` returned, or empty."""

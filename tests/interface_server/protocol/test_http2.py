@@ -191,6 +191,19 @@ def test_interim_responses_and_trailers() -> None:
     assert outputs[-1].end is End.KEEP
 
 
+def test_trailers_behind_a_body_with_a_length() -> None:
+    trailers = {"type": "http.response.trailers", "headers": [(b"a", b"1")], "more_trailers": False}
+    for data in (b"x", b""):
+        length = (b"content-length", b"%d" % len(data))
+        outputs = run(exchange(), start(length, trailers=True), body(data), trailers)
+        assert not any(part.ends for part in outputs[0].data)
+        assert outputs[-1] == Output((Fields([(b"a", b"1")], True),), End.KEEP)
+    # Without all of its body the response is broken, whatever follows.
+    assert run(exchange(), start((b"content-length", b"2"), trailers=True), body(b"x"))[-1].end is End.CUT
+    # Without a body there is nothing for them to follow.
+    assert run(exchange("HEAD"), start(trailers=True), body(b"x"))[-1].end is End.KEEP
+
+
 def test_promised_trailers_that_do_not_come() -> None:
     subject = exchange()
     run(subject, start(trailers=True), body(b"x"))
