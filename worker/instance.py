@@ -591,7 +591,13 @@ class Instance:
         """
         sent = self._sent
         if self._refusal is not None and sent.state is not State.COMPLETE:
-            raise ClientDisconnected(self._refusal)
+            if sent.state is not State.TRAILERS:
+                raise ClientDisconnected(self._refusal)
+            # Behind a body that trailers cannot follow (HEAD, a content-length in HTTP/1.1) the exchange is over.
+            sent.apply(message)
+            if sent.is_complete:
+                self._drop_close_timer()  # as below: what it does from here on is not the client's
+            return
         if type(sent) is WebSocketEvents and type(message) is dict and not (self._unsent or self._is_frozen):
             text = sent.encode_text(message)
             if text is not None and not self._link.link_is_congested(self.peer) and self._message_leaves(text):

@@ -574,6 +574,39 @@ async def test_a_start_without_body_is_not_sent_when_the_application_ends(
     assert ("between start and body" if end == "raises" else "the application returned, but") in caplog.text
 
 
+# Trailers
+
+
+async def test_trailers_that_cannot_follow_their_body_are_taken_and_dropped() -> None:
+    ready = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send(START | {"trailers": True})
+        await send(body(b"x"))
+        await ready.wait()
+        await send({"type": "http.response.trailers", "headers": [(b"a", b"1")], "more_trailers": True})
+        with pytest.raises(InvalidEvent):
+            await send(body(b"x"))
+        await send({"type": "http.response.trailers", "headers": [(b"b", b"2")]})
+        assert (await receive())["type"] == "http.disconnect"
+        # Work behind the response, longer than close_timeout_s.
+        await behind.wait()
+
+    behind = asyncio.Event()
+    extensions = {"http.response.trailers": {}}
+    bench = Bench(application, http_scope(extensions=extensions), close_timeout_s=0.01)
+    assert len(await bench.settle()) == 2
+    bench.disconnect(DISCONNECT)  # the exchange is over with its body
+    ready.set()
+    await turns()
+    timer = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.02, timer.set)  # behind the instance's
+    await timer.wait()
+    behind.set()
+    assert await bench.over() is Outcome.RETURNED
+
+
 # receive()
 
 
