@@ -61,13 +61,19 @@ class GroupsStatistics:
 class _Registration:
     """This process under one group; exists while the group has members here."""
 
-    __slots__ = ("is_pending", "valid_until", "waiting")
+    __slots__ = ("is_pending", "joining", "valid_until", "waiting")
 
     def __init__(self) -> None:
         self.valid_until = 0.0  # loop time
         self.is_pending = False  # written, not answered
-        # Who waits for the answer; bounded by the calls of group_add.
-        self.waiting: list[WhenRegistered] = []
+        # Channel -> who waits for the answer; bounded by the calls of group_add.
+        self.waiting: dict[str, list[WhenRegistered]] = {}
+        # Members whose first answer is still to come: a refusal ends their membership.
+        self.joining: set[str] = set()
+
+    def take_waiting(self) -> list[WhenRegistered]:
+        waiting, self.waiting = self.waiting, {}
+        return [when_registered for calls in waiting.values() for when_registered in calls]
 
 
 class Groups:
@@ -122,7 +128,7 @@ class Groups:
         """Make ``channel`` a member at once; return True if it was none.
 
         ``when_registered`` is called when messages from other processes will reach it, perhaps before this returns.
-        While the broker is away it is called after that.
+        While the broker is away it is called after that. Told an error, it is no member, unless it was one before.
         """
         channels = self._channels_of.get(group)
         if channels is None:
@@ -141,7 +147,9 @@ class Groups:
         if registration.valid_until > self._loop.time():
             when_registered(None)
             return is_new
-        registration.waiting.append(when_registered)
+        if is_new:
+            registration.joining.add(channel)
+        registration.waiting.setdefault(channel, []).append(when_registered)
         if not registration.is_pending:
             self._register(group, registration)
         return is_new
@@ -149,7 +157,8 @@ class Groups:
     async def add_and_wait(self, group: str, channel: str, timeout_s: float) -> None:
         """As ``add``; return when it is registered.
 
-        Raises BrokerUnavailable and BrokerError: then it is no member, unless it was one before.
+        Raises BrokerUnavailable and BrokerError: then it is no member, unless it was one before or another call still
+        waits for the same.
         """
         registration = self._registrations.get(group)
         if registration is not None and registration.valid_until > self._loop.time():
@@ -164,20 +173,18 @@ class Groups:
                 else:
                     registered.set_exception(error)
 
-        is_new = self.add(group, channel, settle)
+        self.add(group, channel, settle)
         try:
             async with asyncio.timeout(timeout_s):
                 await registered
         except TimeoutError:
-            if is_new:
-                self.discard(group, channel)
-            raise BrokerUnavailable(
-                f"the broker did not answer for {timeout_s:g} s: {channel} was not added to {group}"
-            ) from None
-        except Exception:
-            if is_new:
-                self.discard(group, channel)
-            raise
+            if registered.cancelled():
+                raise BrokerUnavailable(
+                    f"the broker did not answer for {timeout_s:g} s: {channel} was not added to {group}"
+                ) from None
+            registered.result()  # it came at the last instant
+        finally:
+            self._wait_no_more(group, channel, settle)
 
     def discard(self, group: str, channel: str) -> None:
         """End a membership, at once; the registry follows."""
@@ -185,6 +192,7 @@ class Groups:
         if channels is None or channel not in channels:
             return
         del channels[channel]
+        self._registrations[group].joining.discard(channel)
         self._members.pop(group, None)
         groups = self._groups_of[channel]
         del groups[group]
@@ -286,19 +294,33 @@ class Groups:
         if error is None:
             self._registered_count += 1
             registration.valid_until = written_at + REGISTRATION_S - _MARGIN_S
+            registration.joining.clear()
         else:
             self._failed_count += 1
             if isinstance(error, BrokerUnavailable):
                 return  # broker_restored() or retry() registers again; who waits has a limit of its own
             logger.error("group %s could not be registered: %s", group, error)
-        waiting, registration.waiting = registration.waiting, []
+        waiting = registration.take_waiting()
+        for channel in list(registration.joining):  # empty, unless it was refused
+            self.discard(group, channel)
         for when_registered in waiting:
             when_registered(error if isinstance(error, Exception) else None)
 
+    def _wait_no_more(self, group: str, channel: str, when_registered: WhenRegistered) -> None:
+        """A call ends: if it has no answer and nobody else waits for one, a new membership ends with it."""
+        registration = self._registrations.get(group)
+        calls = None if registration is None else registration.waiting.get(channel)
+        if registration is None or calls is None or when_registered not in calls:
+            return
+        calls.remove(when_registered)
+        if not calls:
+            del registration.waiting[channel]
+            if channel in registration.joining:
+                self.discard(group, channel)
+
     def _leave(self, group: str) -> None:
         registration = self._registrations.pop(group)
-        waiting, registration.waiting = registration.waiting, []
-        for when_registered in waiting:
+        for when_registered in registration.take_waiting():
             when_registered(None)  # it joined and left again; there is nothing to wait for
         if self._removing < _PORTION:
             self._remove(group)

@@ -197,6 +197,43 @@ async def test_an_add_the_broker_refuses_takes_its_membership_back(groups: Group
     assert groups.statistics().failed_count == 1
 
 
+async def test_an_add_that_waits_too_long_leaves_the_membership_to_another_that_waits(
+    groups: Groups, registry: Registry
+) -> None:
+    registry.is_slow = True
+    first = asyncio.create_task(groups.add_and_wait("room", "x.w1!a", 0.01))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(groups.add_and_wait("room", "x.w1!a", 60.0))
+    with pytest.raises(BrokerUnavailable, match="was not added to room"):
+        await first
+    registry.unanswered[0].set_result(1)
+    await second
+    assert groups.members("room") == ("x.w1!a",)
+    assert registry.commands == [("register", "room")]
+
+
+async def test_the_last_of_several_adds_that_wait_too_long_takes_the_membership_back(
+    groups: Groups, registry: Registry
+) -> None:
+    registry.reachable = False
+    adding = [asyncio.create_task(groups.add_and_wait("room", "x.w1!a", 0.01)) for _ in range(2)]
+    await asyncio.wait(adding)
+    assert [type(each.exception()) for each in adding] == [BrokerUnavailable] * 2
+    assert groups.members("room") == ()
+
+
+async def test_a_refusal_ends_only_memberships_that_it_was_the_answer_to(groups: Groups, registry: Registry) -> None:
+    await groups.add_and_wait("room", "x.w1!a", 1.0)
+    registry.refusal = BrokerError("NOPERM")
+    groups.broker_restored()
+    told: list[Exception | None] = []
+    groups.add("room", "x.w1!a", told.append)
+    groups.add("room", "x.w1!b", told.append)  # as another process asks for it
+    await until(lambda: len(told) == 2)
+    assert told == [registry.refusal] * 2
+    assert groups.members("room") == ("x.w1!a",)
+
+
 async def test_after_lost_data_everything_is_registered_and_adds_wait_for_it(
     groups: Groups, registry: Registry
 ) -> None:
