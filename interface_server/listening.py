@@ -45,6 +45,7 @@ class Listener:
     certfile: str | None  # None: no TLS
     keyfile: str | None
     path: str | None = None  # of a unix socket that we made
+    file: tuple[int, int, int] | None = None  # which of that name
 
     @property
     def is_tls(self) -> bool:
@@ -55,9 +56,11 @@ class Listener:
         return render_adopted(self.socket.fileno(), self.certfile, self.keyfile)
 
     def remove_file(self) -> None:
-        """Remove the file of a unix socket that we made, once nobody listens on it any more."""
+        """Remove the file of a unix socket that we made, unless it is gone, or our successor has its own there."""
         if self.path is not None:
-            Path(self.path).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if _identify_file(self.path) == self.file:
+                    os.unlink(self.path)
 
 
 def open_listeners(settings: InterfaceSettings) -> list[Listener]:
@@ -67,17 +70,24 @@ def open_listeners(settings: InterfaceSettings) -> list[Listener]:
         if not settings.endpoints_only:
             own = opened.enter_context(open_listening_socket(settings))
             path = settings.uds if settings.fd is None else None
-            listeners.append(
-                Listener(socket=own, certfile=settings.ssl_certfile, keyfile=settings.ssl_keyfile, path=path)
-            )
+            listeners.append(_listener(own, settings.ssl_certfile, settings.ssl_keyfile, path))
         for text in settings.endpoints:
             endpoint = parse_endpoint(text)
             listening = opened.enter_context(_open_endpoint(endpoint, settings))
-            listeners.append(
-                Listener(socket=listening, certfile=endpoint.certfile, keyfile=endpoint.keyfile, path=endpoint.path)
-            )
+            listeners.append(_listener(listening, endpoint.certfile, endpoint.keyfile, endpoint.path))
         opened.pop_all()
     return listeners
+
+
+def _listener(listening: socket.socket, certfile: str | None, keyfile: str | None, path: str | None) -> Listener:
+    file = None if path is None else _identify_file(path)
+    return Listener(socket=listening, certfile=certfile, keyfile=keyfile, path=path, file=file)
+
+
+def _identify_file(path: str) -> tuple[int, int, int]:
+    # The number of a file that is gone may be given to the next one. Connecting and chmod leave the time alone.
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def adopt(reactor: Any, listening: socket.socket, factory: Any) -> Any:

@@ -204,6 +204,25 @@ def test_the_file_of_a_unix_socket_outlives_one_that_stops_accepting(tmp_path):
     listener.remove_file()  # somebody was faster
 
 
+def test_the_file_of_a_successor_stays(tmp_path):
+    path = tmp_path / "socket"
+    settings = InterfaceSettings(redis_url="redis://unused", uds=str(path))
+    (old,) = open_listeners(settings)
+    old.socket.close()
+    clock = tmp_path / "clock"
+    clock.touch()
+    while clock.stat().st_mtime_ns <= path.stat().st_mtime_ns:  # a few ms, on kernels that count in ticks
+        clock.touch()
+    (new,) = open_listeners(settings)  # on ext4 its file has the number of the old one
+    with new.socket:
+        old.remove_file()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+        path.chmod(0o600)
+    new.remove_file()
+    assert not path.exists()
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="a kernel that cannot be told")
 def test_the_kernel_takes_little_for_a_client_that_reads_nothing():
     with listen(port=0) as listening:

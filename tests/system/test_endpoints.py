@@ -130,6 +130,27 @@ def test_a_unix_socket_outlives_one_of_its_processes(tmp_path):
             Upload(path).finish()
 
 
+@pytest.mark.parametrize("command", ["serve", "interface"])
+def test_a_unix_socket_of_a_successor_stays(broker_server, tmp_path, command):
+    """The one before drains, and ends behind the start of the other."""
+    path = tmp_path / "app.sock"
+    common = ("--redis", broker_server.url)
+    flags = (command, *([APP] if command == "serve" else []), "--uds", str(path), "--drain-timeout=60", *common)
+    with Command("worker", APP, *common) as worker, Command(*flags) as old:
+        worker.wait_for("runs tests.system.applications")
+        old.wait_for("accepts on unix:")
+        upload = Upload(path)
+        old.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not can_connect(path), 30, "nobody listens")
+        with Command(*flags) as new:
+            new.wait_for("accepts on unix:")
+            upload.finish()
+            status, output = old.wait_ended()
+            assert status == 0, output
+            Upload(path).finish()
+        assert not path.exists()
+
+
 def test_endpoints_alone_take_the_place_of_the_default_address():
     port = free_port()
     with Command("serve", APP, "-e", f"tcp:{port}:interface=127.0.0.1") as served:
