@@ -81,10 +81,8 @@ class AdminServer:
         except (OSError, UnicodeError) as error:
             if isinstance(error, UnicodeError):
                 reason = "this is no name of a host"  # its text is about a codec
-            else:
-                reason = (
-                    os.strerror(error.errno) if error.errno else str(error)
-                )  # asyncio's text has the address again
+            else:  # asyncio's text has the address again
+                reason = os.strerror(error.errno) if error.errno else str(error)
             raise AdminPortError(f"cannot listen on the admin port {self.host}:{self.port}: {reason}") from error
         self.port = self._server.sockets[0].getsockname()[1]
         logger.info("health checks on http://%s:%d/readyz and /healthz", _bracketed(self.host), self.port)
