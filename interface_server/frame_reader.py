@@ -148,6 +148,11 @@ class FrameReader(WebSocketServerProtocol):
             f"buffered={len(self.data) + len(self._unfed) - self._at} message={self._message_bytes}>"
         )
 
+    @property
+    def unread_bytes(self) -> int:
+        """What waits to be read: for ``resume``, or for the next turn."""
+        return len(self._unfed) - self._at
+
     def feed(self, data: bytes) -> None:
         """Read what the client sent. What is read while paused waits."""
         if self._is_stopped:

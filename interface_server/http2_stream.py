@@ -156,17 +156,22 @@ class Http2Stream:
     def request_ended(self) -> None:
         """The client has ended its side."""
         if self._websocket is not None:
-            # Like the end of a socket: without a Close frame it has no more to say or to hear.
             self._request_ended = True
-            websocket, self._websocket = self._websocket, None
-            websocket.connection_lost()
-            self.end()
+            self._websocket.read_ended(self._websocket_read)
         elif not self._request_ended:
             # Behind the last DATA, in a frame of its own (or with trailers, which ASGI does not know).
             self.data_received(b"", 0, is_last=True)
         self._request_ended = True
         if self.is_over:
             self._connection.stream_over(self)
+
+    def _websocket_read(self) -> None:
+        """The client has ended its side, and what it sent before is read."""
+        # Like the end of a socket: without a Close frame it has no more to say or to hear.
+        websocket, self._websocket = self._websocket, None
+        if websocket is not None:
+            websocket.connection_lost()
+        self.end()
 
     def lost(self) -> None:
         """The stream, or the whole connection, is gone."""

@@ -11,6 +11,7 @@ Does not live here: the rules (protocol/websocket_handshake.py, protocol/websock
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import random
 from typing import TYPE_CHECKING, Any, Final
@@ -124,7 +125,8 @@ class WebSockets:
         """Take a connection over whose request ``is_websocket_upgrade``; ``peer`` as proxy_headers.py decided.
 
         From now on everything about the transport goes to the client that is returned: ``data_received`` (bytes
-        behind the head first), ``pause_producing`` and ``resume_producing`` as its producer, ``connection_lost``.
+        behind the head first), ``pause_producing`` and ``resume_producing`` as its producer, ``connection_lost``,
+        and of a stream of HTTP/2 ``read_ended``.
         A faulty handshake is answered here; its client only waits for the end of the socket.
         """
         return WebSocketClient(self, head, peer=peer, transport=transport, over_http2=over_http2)
@@ -145,12 +147,14 @@ class WebSocketClient:
         "_log_target",
         "_ping_sent_at",
         "_pong_due",
+        "_read_over",
         "_reader",
         "_reading_paused",
         "_session",
         "_shared",
         "_since",
         "_transport",
+        "_unread_bytes_before",
         "_unsent_bytes_before",
         "_writing_paused",
         "deadline_tick",
@@ -184,6 +188,8 @@ class WebSocketClient:
         self._ping_sent_at: float | None = None  # a ping waits for a sign of life
         self._unsent_bytes_before = 0  # at the last deadline; fewer now: the client reads
         self._close_timeouts_left = _CLOSE_TIMEOUTS_MAX
+        self._read_over: Callable[[], None] | None = None  # the client has ended its side; called when all is read
+        self._unread_bytes_before = 0  # at the last deadline since then; fewer now: the application takes them
         self._since = now  # of the request, then of the accept; for the access log
         self._log_target: dict[str, Any] = {
             "client": peer.client,
@@ -250,8 +256,20 @@ class WebSocketClient:
         if self._discarded_bytes > _DISCARDED_BYTES_MAX:
             self._pause_transport()
 
+    def read_ended(self, over: Callable[[], None]) -> None:
+        """The client has ended its side. ``over`` is called, at once or later, when what it sent before is read, or
+        its application takes none of it for a close timeout; not behind ``connection_lost``.
+        """
+        if self._reader is None or not self._reader.unread_bytes:
+            over()
+            return
+        self._read_over = over
+        if self.state is State.OPEN:  # else the close timeout runs
+            self._arm_read()
+
     def connection_lost(self) -> None:
         """The socket is gone, or the client has ended its side: without a Close frame it is the same."""
+        self._read_over = None
         self._shared.deadlines.disarm(self)
         self._shared.clients.discard(self)
         if self._session is not None:
@@ -352,7 +370,12 @@ class WebSocketClient:
 
     def deadline_reached(self) -> None:
         if self.state is State.OPEN:
-            self._keep_alive()
+            if self._read_over is None:
+                self._keep_alive()
+            elif self._reader is not None and self._reader.unread_bytes < self._unread_bytes_before:
+                self._arm_read()
+            else:
+                self._read_over()
             return
         if self.state is State.CONNECTING:
             # While the broker is away no application can answer: that time does not count.
@@ -491,6 +514,16 @@ class WebSocketClient:
                 return
         if not self._application_is_full and self._discarded_bytes <= _DISCARDED_BYTES_MAX:
             self._resume_transport()
+        self._look_for_end()
+
+    def _look_for_end(self) -> None:
+        if self._read_over is not None and (self._reader is None or not self._reader.unread_bytes):
+            self._read_over()
+
+    def _arm_read(self) -> None:
+        assert self._reader is not None
+        self._unread_bytes_before = self._reader.unread_bytes
+        self._shared.deadlines.arm(self, self._shared.settings.ws_close_timeout_s)
 
     def _resume(self, reader: FrameReader) -> None:
         if not reader.is_behind:
@@ -499,6 +532,8 @@ class WebSocketClient:
             reader.resume()
         except Exception:
             self._reader_failed(reader)
+        if self._read_over is not None and not reader.unread_bytes:
+            self._shared.turns.wait(self._look_for_end)  # whoever called us is not done with this connection
 
     def _reader_failed(self, reader: FrameReader) -> None:
         """A fault of ours (or Autobahn's) costs this connection, and no other."""

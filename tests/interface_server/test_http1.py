@@ -173,9 +173,17 @@ class FakeWebSocket:
     def __init__(self, head: Any, peer: Any, transport: Any) -> None:
         self.head, self.peer, self.transport = head, peer, transport
         self.calls: list[Any] = []
+        self.has_unread = False
+        self.read_over: Callable[[], None] | None = None  # it has something to read first
 
     def data_received(self, data: bytes) -> None:
         self.calls.append(data)
+
+    def read_ended(self, over: Callable[[], None]) -> None:
+        if self.has_unread:
+            self.read_over = over
+        else:
+            over()
 
     def connection_lost(self) -> None:
         self.calls.append("lost")

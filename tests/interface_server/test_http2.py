@@ -397,6 +397,39 @@ async def test_the_client_s_end_of_a_websocket(is_reset: bool) -> None:
     assert world.server.streams == {}
 
 
+@pytest.mark.parametrize("is_closed", [True, False])
+async def test_the_client_s_end_of_a_websocket_waits_for_what_came_before(is_closed: bool) -> None:
+    world, stream_id, websocket = await open_websocket()
+    websocket.has_unread = True
+    world.client.send_data(stream_id, b"messages", end_stream=True)
+    assert of_kind(world.exchange(), StreamEnded) == []
+    assert websocket.calls == [b"messages"]
+    websocket.transport.pauseProducing()
+    websocket.transport.resumeProducing()
+    websocket.transport.write(b"an answer")
+    if is_closed:
+        websocket.transport.loseConnection()
+    assert websocket.read_over is not None
+    websocket.read_over()
+    events = world.exchange()
+    assert b"".join(event.data for event in of_kind(events, DataReceived)) == b"an answer"
+    assert of_kind(events, StreamEnded)
+    await asyncio.sleep(0)
+    assert websocket.calls == [b"messages", "lost"]
+    assert world.server.streams == {}
+
+
+async def test_a_websocket_that_is_not_read_to_its_end_is_lost_with_its_stream() -> None:
+    world, stream_id, websocket = await open_websocket()
+    websocket.has_unread = True
+    world.client.end_stream(stream_id)
+    world.exchange()
+    world.client.reset_stream(stream_id)
+    world.exchange()
+    assert websocket.calls == ["lost"]
+    assert world.server.streams == {}
+
+
 def test_a_body_that_trickles_is_a_408_for_its_stream() -> None:
     world = Http2World(body_timeout_s=5)
     slow = world.request(method="POST", ends=False)

@@ -610,6 +610,93 @@ def test_loss():
     assert world.shared.deadlines.statistics().armed_count == 0
 
 
+NORMAL = client_close(1000)
+MESSAGES = [b"%d" % number for number in range(100)]
+
+
+def ended_by_client(world, *payloads, close=NORMAL):
+    """Let the client send these messages and a Close, and end its side; return the calls of what ends the stream."""
+    calls = []
+
+    def over():
+        calls.append("over")
+        world.client.connection_lost()
+
+    world.client.data_received(b"".join(client_frame(1, payload) for payload in payloads) + close)
+    world.client.read_ended(over)
+    return calls
+
+
+@pytest.mark.parametrize(("close", "told"), [(NORMAL, (1000, "")), (b"", (1006, ""))])
+def test_what_came_before_the_client_s_end_is_read_in_its_turns(close, told):
+    world = opened()
+    calls = ended_by_client(world, *MESSAGES, close=close)
+    assert len(world.connection.events) < 100
+    assert calls == []
+    world.run_turns()
+    assert world.events() == [message.decode() for message in MESSAGES]
+    assert world.disconnect == told
+    assert calls == ["over"]
+    assert world.shared.clients == set()
+    assert world.shared.deadlines.statistics().armed_count == 0
+
+
+@pytest.mark.parametrize(("close", "told"), [(NORMAL, (1000, "")), (b"", (1006, ""))])
+def test_what_came_before_the_client_s_end_waits_for_the_application(close, told):
+    world = opened(ws_close_timeout_s=5)
+    world.connections.application = lambda connection, event: connection.client.pause_reading()
+    calls = ended_by_client(world, *MESSAGES[:10], close=close)
+    for _ in range(9):
+        assert world.disconnect is None
+        assert calls == []
+        world.clock.advance(4)
+        world.client.resume_reading()
+        world.run_turns()
+    if close:
+        world.client.resume_reading()
+        world.run_turns()
+    assert world.events() == [message.decode() for message in MESSAGES[:10]]
+    assert world.disconnect == told
+    assert calls == ["over"]
+    assert world.shared.deadlines.statistics().armed_count == 0
+
+
+def test_an_application_that_takes_nothing_before_the_client_s_end_hears_of_it_all_the_same():
+    world = opened(ws_close_timeout_s=5)
+    world.connections.application = lambda connection, event: connection.client.pause_reading()
+    calls = ended_by_client(world, b"a", b"b")
+    world.clock.advance(4)
+    assert world.disconnect is None
+    world.clock.advance(2)
+    assert world.disconnect == (1006, "")
+    assert calls == ["over"]
+    assert world.shared.clients == set()
+    assert world.shared.deadlines.statistics().armed_count == 0
+
+
+def test_an_application_that_closes_before_the_client_s_end_is_read():
+    world = opened()
+    world.connections.application = lambda connection, event: connection.client.pause_reading()
+    calls = ended_by_client(world, b"a", b"b", close=b"")
+    world.connection.send({"type": "websocket.close"})
+    assert world.disconnect == (1000, "")
+    world.run_turns()
+    assert calls == ["over"]
+    assert world.events() == ["a"]
+    assert world.shared.clients == set()
+    assert world.shared.deadlines.statistics().armed_count == 0
+
+
+def test_a_loss_does_not_wait_for_what_came_before():
+    world = opened()
+    calls = ended_by_client(world, *MESSAGES)
+    world.client.connection_lost()
+    assert world.disconnect == (1006, "")
+    world.run_turns()
+    assert calls == []
+    assert world.shared.deadlines.statistics().armed_count == 0
+
+
 def test_loss_is_told_once():
     world = opened()
     world.client.connection_lost()

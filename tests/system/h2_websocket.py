@@ -20,6 +20,10 @@ class H2WebSocket:
         client.read_until(lambda: self.stream.headers is not None or self.stream.is_over)
 
     def send(self, payload, opcode=2):
+        self.client.send(self.stream_id, self.build_frame(payload, opcode))
+
+    @staticmethod
+    def build_frame(payload, opcode=2):
         mask = os.urandom(4)
         size = len(payload)
         if size < 126:
@@ -30,7 +34,7 @@ class H2WebSocket:
             length = b"\xff" + struct.pack("!Q", size)
         repeated = (mask * (size // 4 + 1))[:size]
         masked = (int.from_bytes(payload, "big") ^ int.from_bytes(repeated, "big")).to_bytes(size, "big")
-        self.client.send(self.stream_id, bytes((0x80 | opcode,)) + length + mask + masked)
+        return bytes((0x80 | opcode,)) + length + mask + masked
 
     def receive(self):
         """Return opcode and payload of the next frame."""

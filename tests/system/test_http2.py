@@ -523,6 +523,17 @@ def test_a_websocket_beside_requests(served, client):
     served.wait_for(r'"WebSocket /echo\?3" \[closed 1006\]')
 
 
+def test_a_websocket_client_that_ends_its_side_behind_its_close(served, client):
+    socket_ = H2WebSocket(client, "/echo?ended")
+    messages = b"".join(socket_.build_frame(b"%d" % number) for number in range(100))
+    close = socket_.build_frame(b"\x03\xe8", opcode=8)
+    client.h2.send_data(socket_.stream_id, messages + close, end_stream=True)
+    client.flush()
+    served.wait_for(r'"WebSocket /echo\?ended" \[closed 1000\]')
+    assert client.finish(socket_.stream_id).is_ended
+    assert client.get("/").body == b"hello"
+
+
 def test_a_websocket_that_its_application_closes(served, client):
     socket_ = H2WebSocket(client, "/fail?over-http2")
     opcode, payload = socket_.receive()
