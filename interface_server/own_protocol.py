@@ -48,11 +48,13 @@ from channel_layer.process_life import unless
 from interface_server import server
 from interface_server.client import Connection, Refusal
 from interface_server.connections import Connections
+from interface_server.deadlines import Deadlines
 from interface_server.end_watch import EndWatch
 from interface_server.endpoints import parse_endpoint
 from interface_server.listening import adopt
 from interface_server.settings import InterfaceSettings
 from interface_server.transports import buffered_bytes, socket_descriptor
+from interface_server.write_watch import WriteWatch
 
 if TYPE_CHECKING:
     from interface_server.broadcast import Broadcast, JoinedBroadcasts
@@ -112,6 +114,7 @@ class ClientSocket:
         self._connection: Connection | None = None  # None when the client is gone, or the application
         self._descriptor = -1
         self._is_closing = False
+        self._write_watch: WriteWatch | None = None  # from makeConnection on
         self._abort_timer: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -141,6 +144,7 @@ class ClientSocket:
             return
         self._is_closing = True
         self._leave()
+        self._stop_write_watch()
         self._transport.unregisterProducer()
         self._abort_timer = self._host.loop.call_later(_FLUSH_TIMEOUT_S, self.abort)
         self._transport.loseConnection()
@@ -162,6 +166,9 @@ class ClientSocket:
             transport.setTcpNoDelay(True)
             transport.setTcpKeepAlive(True)  # nobody else looks after a client that says nothing for hours
         self._descriptor = socket_descriptor(transport)
+        self._write_watch = WriteWatch(
+            transport, deadlines=host.deadlines, timeout_s=host.write_timeout_s, stalled=self._write_stalled
+        )
         transport.registerProducer(self, True)
         name = self._protocol.scope_type
         self._guarded(self._open, name, server_address)
@@ -189,17 +196,21 @@ class ClientSocket:
         self._host.end_watch.discard(self._descriptor)
         if self._abort_timer is not None:
             self._abort_timer.cancel()
+        self._stop_write_watch()
         self._leave()
         self._guarded(self._protocol.disconnected)
         self._host.left(self)
 
     def pauseProducing(self) -> None:
         """The transport's buffer is full."""
+        if self._write_watch is not None:
+            self._write_watch.start()
         if self._connection is not None:
             self._connection.pause_delivery()
 
     def resumeProducing(self) -> None:
         """The transport's buffer is empty."""
+        self._stop_write_watch()
         if self._connection is not None:
             self._connection.resume_delivery()
 
@@ -242,7 +253,17 @@ class ClientSocket:
     def buffered_bytes(self) -> int:
         return buffered_bytes(self._transport)
 
+    # Called by WriteWatch
+
+    def _write_stalled(self) -> None:
+        _LOGGER.info("dropped the connection of %s: it reads nothing", self.client or "a unix socket")
+        self.abort()
+
     # Inside
+
+    def _stop_write_watch(self) -> None:
+        if self._write_watch is not None:
+            self._write_watch.stop()
 
     def _end_noticed(self, is_reset: bool) -> None:
         if is_reset:
@@ -280,11 +301,14 @@ class OwnServer:
         self.clients: set[ClientSocket] = set()  # until their sockets are gone; ``connections_max`` bounds them
         self.connections = Connections(layer, settings, loop=loop)
         self.end_watch = EndWatch(reactor)
+        self.deadlines = Deadlines(call_later=loop.call_later, clock=loop.time)
+        self.write_timeout_s = settings.write_timeout_s
         self._layer = layer
         self._reactor = reactor
         self._ports: list[Any] = []  # Twisted's listening ports, while we listen
         self._empty: asyncio.Event | None = None  # somebody waits for the last socket
         layer.owns_channel = self.connections.owns_channel
+        layer.openings_held = self.connections.openings_held
 
     def __repr__(self) -> str:
         return f"<OwnServer {self.protocol.scope_type} {len(self.clients)} clients {self.connections!r}>"
@@ -305,6 +329,7 @@ class OwnServer:
         _LOGGER.info("interface server %s stops", self._layer.process_id)
         ports, self._ports = self._ports, []
         for port in ports:
+            port.accept_all()  # those whom the kernel has accepted for us would be reset
             await port.stopListening().asFuture(self.loop)
         self.connections.stop()
         await unless(at_once, self.connections.drain(drain_timeout_s))
@@ -322,6 +347,7 @@ class OwnServer:
         except TimeoutError:
             _LOGGER.warning("the workers will find this interface server gone by its lease")
         self.connections.close()
+        self.deadlines.close()
         self.end_watch.close()
 
     def left(self, client: ClientSocket) -> None:

@@ -1,14 +1,21 @@
 """A protocol of somebody's own: its connections between group, application and socket."""
 
+import asyncio
+import socket
+
 import pytest
+from twisted.internet.asyncioreactor import AsyncioSelectorReactor
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
 
 from channel_layer.codec import decode_event
 from channel_layer.frames import FrameKind, build_event
 from channel_layer.openings import decode_opening
 from interface_server.client import Refusal
-from interface_server.own_protocol import OwnProtocol, serve
+from interface_server.deadlines import Deadlines
+from interface_server.own_protocol import OwnProtocol, OwnServer, serve
 from interface_server.settings import InterfaceSettings
-from tests.interface_server.test_connections import WORKER, Bench, check_books, number_of, text, turn
+from tests.interface_server.test_connections import WORKER, Bench, FakeLayer, check_books, number_of, text, turn
 
 
 @pytest.fixture
@@ -93,3 +100,92 @@ def test_tls_is_refused_rather_than_forgotten():
     protocol = type("Good", (OwnProtocol,), {"scope_type": "tcp"})
     with pytest.raises(ValueError, match="does not speak TLS"):
         serve(protocol, InterfaceSettings(redis_url="redis://unused", ssl_certfile="/some.pem"))
+
+
+# The server and its sockets
+
+
+class Lines(OwnProtocol):
+    scope_type = "tcp"
+
+    def data_received(self, data):
+        self.socket.send_event({"type": "tcp.line", "text": data.decode()})
+
+
+class Transport(StringTransport):
+    """Holds so many bytes, and remembers its end."""
+
+    dataBuffer, offset, _tempDataLen = b"", 0, 0
+    aborted_count = 0
+
+    def setTcpNoDelay(self, enabled):
+        pass
+
+    def setTcpKeepAlive(self, enabled):
+        pass
+
+    def getHandle(self):
+        return None
+
+    def abortConnection(self):
+        self.aborted_count += 1
+
+
+class Layer(FakeLayer):
+    process_id = "itest"
+
+    async def stop(self):
+        pass
+
+
+@pytest.fixture
+async def server():
+    loop = asyncio.get_running_loop()
+    reactor = AsyncioSelectorReactor(loop)
+    server = OwnServer(
+        Lines, InterfaceSettings(redis_url="redis://unused"), layer=Layer(), loop=loop, reactor=reactor
+    )
+    yield server
+    await server.stop(asyncio.Event(), drain_timeout_s=0)
+    reactor.removeAll()
+
+
+def joined(server):
+    client, transport = server.buildProtocol(None), Transport()
+    client.makeConnection(transport)
+    return client, transport
+
+
+async def test_a_client_that_reads_nothing_is_dropped(server):
+    clock = Clock()
+    server.deadlines = Deadlines(call_later=clock.callLater, clock=clock.seconds)
+    clients = [joined(server) for _ in range(4)]
+    for client, transport in clients:
+        transport._tempDataLen = 100_000
+        client.pauseProducing()
+    (_, stuck), (reads, of_reader), (closed, of_closed), (gone, of_gone) = clients
+    reads.resumeProducing()
+    closed.close()  # from here on it has its 5 s
+    gone.connectionLost()
+    clock.pump([0.5] * 238)
+    assert stuck.aborted_count == 0
+    clock.pump([0.5] * 4)
+    assert [transport.aborted_count for transport in (stuck, of_reader, of_closed, of_gone)] == [1, 0, 0, 0]
+    assert server.connections.open_count == 1
+    for client, _ in clients[:3]:
+        client.connectionLost()
+
+
+async def test_a_stop_serves_those_whom_the_kernel_has_accepted(server):
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as client:
+        listening.setblocking(False)
+        server.listen(listening)
+        client.connect(listening.getsockname())
+        client.setblocking(False)
+        await server.stop(asyncio.Event(), drain_timeout_s=0)
+        async with asyncio.timeout(30):
+            assert await asyncio.get_running_loop().sock_recv(client, 1) == b""  # closed, not reset
+
+
+async def test_the_layer_asks_which_openings_are_held(server):
+    assert server._layer.openings_held == server.connections.openings_held
