@@ -150,8 +150,8 @@ class Http2Connection:
                     stream.is_waiting = True
                     self._waiting.append(stream)
         self._send()
-        if self.factory.is_stopping:
-            self.stop()  # nobody could say so before it began
+        if self.factory.is_stopping and not self._is_new:
+            self.stop()  # it began during the stop, and its first request, perhaps in a read of its own, is here
 
     def connection_lost(self) -> None:
         """The socket is gone."""
