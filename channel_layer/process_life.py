@@ -50,6 +50,7 @@ logger = logging.getLogger("trunkline.channel_layer")
 STATUS_VARIABLE: Final = "TRUNKLINE_STATUS_FD"
 # After Ctrl-C: a developer waits for the prompt.
 HURRIED_DRAIN_S: Final = 1.0
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # When a stack could not be written in this time (stderr is a pipe that nobody reads), the process ends without.
 _DUMP_TIMEOUT_S: Final = 5.0
 
@@ -151,6 +152,13 @@ class StatusPipe:
                 os.write(self._descriptor, build_status(word, text))
 
 
+def _leave_signals_to_python() -> None:
+    """In a process that the application has forked (multiprocessing): what it is told is not told to us."""
+    signal.set_wakeup_fd(-1)  # the same socket as ours: a SIGTERM for it would end us
+    for number in _SIGNALS:
+        signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
+
+
 class ProcessLife:
     """One for a process that serves; to be made on its running loop. Raises nothing; see start()."""
 
@@ -189,8 +197,9 @@ class ProcessLife:
     async def start(self) -> None:
         """Take the signals, and open the admin port. Raises AdminPortError."""
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in _SIGNALS:
                 self._loop.add_signal_handler(number, self.signalled, number)
+            os.register_at_fork(after_in_child=_leave_signals_to_python)
         if self._admin is not None:
             await self._admin.start()
 

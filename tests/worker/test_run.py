@@ -35,7 +35,7 @@ sys.exit(run(WorkerSettings(application=sys.argv[2], redis_url=sys.argv[1], app_
 """
 
 APPLICATION = """
-import asyncio, os, sys, threading, time
+import asyncio, multiprocessing, os, sys, threading, time
 import channel_layer
 from channel_layer import get_channel_layer
 
@@ -87,6 +87,23 @@ async def filling(scope, receive, send):
     if scope["type"] == "lifespan":
         return await app(scope, receive, send)
     await asyncio.gather(*[asyncio.to_thread(block) for _ in range(int(os.environ["ASGI_THREADS"]))])
+
+def end_a_fork():
+    context = multiprocessing.get_context("fork")
+    runs = context.Event()
+    child = context.Process(target=lambda: runs.set() or time.sleep(300))
+    child.start()
+    runs.wait(30)
+    child.terminate()
+    child.join(30)
+    return child.exitcode
+
+async def forking(scope, receive, send):
+    if scope["type"] == "lifespan":
+        return await app(scope, receive, send)
+    codes = [end_a_fork(), await asyncio.to_thread(end_a_fork)]
+    await send({"type": "http.response.start", "status": 200})
+    await send({"type": "http.response.body", "body": repr(codes).encode()})
 
 async def leaving(scope, receive, send):
     async def leave():
@@ -270,6 +287,23 @@ async def test_from_ready_to_a_clean_stop(
     status, out, err = await asyncio.to_thread(worker.end)
     assert (status, out, err) == (0, "left 1012\nlifespan.shutdown\n", "")
     await interface.until(lambda: interface.ended_peers)
+
+
+async def test_ending_a_process_that_the_application_has_forked_ends_that_one_alone(
+    broker_server: BrokerServer, interface: Interface, tmp_path: Path, workers: list[Worker]
+) -> None:
+    worker = Worker(broker_server.url, tmp_path, "main:forking")
+    workers.append(worker)
+    assert await asyncio.to_thread(worker.wait_ready) == b"ready\n"
+    for connection in (1, 2):  # the second one says that the worker takes what comes
+        opening = make_opening(
+            http_scope("POST"), connection=connection, interface=interface.layer.process_id, first=REQUEST
+        )
+        client = await interface.open(opening)
+        await interface.until(lambda client=client: client.outcome is not None)
+        assert client.events[1]["body"] == repr([-signal.SIGTERM] * 2).encode()
+    worker.process.send_signal(signal.SIGTERM)
+    assert (await asyncio.to_thread(worker.end))[0] == 0
 
 
 async def test_a_second_signal_ends_the_process_at_once_although_a_thread_is_stuck(
