@@ -34,7 +34,6 @@ _DEFAULT: Final[dict[str, Any]] = {
         "trunkline": {"handlers": ["default"], "level": "INFO", "propagate": False},
         "trunkline.access": {"handlers": ["access"], "level": "INFO", "propagate": False},
     },
-    "root": {"handlers": ["default"], "level": "WARNING"},
 }
 
 _COLOURS: Final = {"WARNING": "33", "ERROR": "31", "CRITICAL": "91", "INFO": "32", "DEBUG": "36", "TRACE": "34"}
@@ -59,6 +58,8 @@ def configure_logging(level: str | None, config_file: str | None) -> None:
     logging.addLevelName(TRACE, "TRACE")
     if config_file is None:
         logging.config.dictConfig(_DEFAULT)
+        # For what has no handler. Not one of the root logger: an application's basicConfig() would then do nothing.
+        logging.lastResort = logging.getLogger("trunkline").handlers[0]
     else:
         _load(config_file)
     if level is not None:
@@ -86,5 +87,6 @@ def _load(config_file: str) -> None:
     except UsageError:
         raise
     except Exception as error:  # logging.config raises whatever its parts raise
-        text = " ".join(str(error).split())  # configparser's span lines
+        cause = "" if error.__cause__ is None else f": {error.__cause__}"  # of what it could not import, for example
+        text = " ".join(f"{error}{cause}".split())  # configparser's span lines
         raise UsageError(f"--log-config: {config_file} cannot be used: {text}") from error
