@@ -52,6 +52,9 @@ APPLICATION: Final = (SERVE, WORKER)
 # What loops, timers and the broker's milliseconds can all hold, and nobody waits for.
 _SECONDS_MAX: Final = 365 * 24 * 3600
 
+# A value of an environment file: in quotes, perhaps with a comment behind it; the comment behind a value without.
+_QUOTED = re.compile(r"""(['"])(.*?)\1\s*(?:#.*)?""")
+_COMMENT = re.compile(r"\s+#.*")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2: a token
 _HEADER_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # section 5.5
 
@@ -792,11 +795,16 @@ def _read_env_file(path: str) -> dict[str, str]:
         name, equals, value = line.partition("=")
         if not equals or not name.strip().isidentifier():
             raise UsageError(f"--env-file: {path}, line {number}: NAME=value is expected, got {line!r}")
-        value = value.strip()
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        variables[name.strip()] = value
+        variables[name.strip()] = _unquote(value.strip())
     return variables
+
+
+def _unquote(value: str) -> str:
+    """The value of a line, without its quotes and the comment behind it."""
+    quoted = _QUOTED.fullmatch(value)
+    if quoted is not None:
+        return quoted[2]
+    return _COMMENT.sub("", value)
 
 
 def load_env_file(path: str) -> None:

@@ -1,5 +1,7 @@
 """The flags of the commands: parsing, environment variables, errors, and handing them on."""
 
+import os
+
 import pytest
 
 from channel_layer.process_life import STATUS_VARIABLE
@@ -8,6 +10,7 @@ from trunkline.options import (
     UsageError,
     build_parser,
     find_unknown_variables,
+    load_env_file,
     parse,
     render_flags,
     render_secrets,
@@ -153,6 +156,28 @@ def test_env_file_stands_behind_the_environment(tmp_path):
     options = parsed("serve", "a:b", "--env-file", str(path), environ={"TRUNKLINE_HOST": "::1"})
     assert options.port == 82
     assert options.host == "::1"
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("A=1 # a note", "1"),
+        ("A=#fff", "#fff"),
+        ("A='1 # 2' # a note", "1 # 2"),
+        ('A="x"#y', "x"),
+        ("A=x#y", "x#y"),
+        ('A="it\'s"', "it's"),
+        ("A='", "'"),
+        ("A=${HOME}", "${HOME}"),
+    ],
+)
+def test_values_of_an_env_file(tmp_path, monkeypatch, line, value):
+    path = tmp_path / "env"
+    path.write_text(line)
+    monkeypatch.setenv("A", "")  # so that it is put back
+    monkeypatch.delenv("A")
+    load_env_file(str(path))
+    assert os.environ["A"] == value
 
 
 def test_a_wrong_env_file_names_its_line(tmp_path):
