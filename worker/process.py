@@ -63,6 +63,8 @@ QUICK_TAKE_S: Final = 0.002
 GRANT_TIMEOUT_S: Final = 5.0
 # How long a take that failed at once is held back, so that a broker that refuses does not keep the loop busy.
 TAKE_RETRY_S: Final = 0.2
+# A full worker of whose connections none ends for so long says that it is full: that is more than a busy moment.
+FULL_WARNING_S: Final = 5.0
 # WebSockets that are still here when a drain ends are closed between these parts of its time: not at once, for their
 # clients connect again at once; not at its very end, for their applications clean up.
 DRAIN_CLOSES_FROM: Final = 0.75
@@ -393,7 +395,14 @@ class WorkerProcess:
             free = self._limits[protocol] - self._counts[protocol]
             if free <= 0:
                 room.clear()
-                await room.wait()
+                try:
+                    async with asyncio.timeout(FULL_WARNING_S):
+                        await room.wait()
+                except TimeoutError:
+                    flag = "--concurrency" if protocol == "http" else "--max-websockets"
+                    count = self._counts[protocol]
+                    logger.warning("nothing is taken before one of %d %s connections ends: %s", count, protocol, flag)
+                    await room.wait()
                 continue
             await self._reachable.wait()
             if protocol == "http":

@@ -354,6 +354,24 @@ async def test_no_more_is_taken_than_there_is_room() -> None:
     await bench.process.stop(0)
 
 
+async def test_a_worker_that_stays_full_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("worker.process.FULL_WARNING_S", 0.01)
+    bench = Bench(concurrency=2)
+    bench.process.start()
+    for connection in (1, 2):
+        await bench.layer.offer(make_opening(http_scope(), connection=connection, first=REQUEST))
+    async with asyncio.timeout(30):
+        while not caplog.messages:  # noqa: ASYNC110 - there is no event for a line of the log
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
+    assert caplog.messages == ["nothing is taken before one of 2 http connections ends: --concurrency"]
+    bench.application.release.set()
+    await turns()
+    await bench.process.stop(0)
+
+
 async def test_at_most_eight_are_asked_for_at_once(bench: Bench) -> None:
     await turns()
     assert {count for _, count in bench.layer.asked} == {OPENINGS_AT_ONCE}
