@@ -687,9 +687,15 @@ async def _serve(settings: WorkerSettings, pipe: StatusPipe) -> int:
     layer = _build_layer(settings)
     # Before the import: an application may ask for its layer at module level.
     channel_layer.install_process_layer(layer)
-    # On the running loop, as elsewhere: an application may create what needs one at module level.
     prepare_import(settings.app_dir)
-    candidate = load_application(settings.application, factory=settings.factory)
+    # On the running loop, as elsewhere: an application may create what needs one at module level. One for WSGI knows
+    # of none, and may do what is refused where one runs: query a database with Django, call asyncio.run().
+    if settings.interface == "wsgi":
+        asyncio._set_running_loop(None)
+    try:
+        candidate = load_application(settings.application, factory=settings.factory)
+    finally:
+        asyncio._set_running_loop(loop)
     application = build_application(candidate, settings.interface, threads=settings.threads)
     lifespan = Lifespan(application, mode=settings.lifespan)
     process = WorkerProcess(settings, application=application, layer=layer, state=lifespan.state)

@@ -306,6 +306,26 @@ async def test_ending_a_process_that_the_application_has_forked_ends_that_one_al
     assert (await asyncio.to_thread(worker.end))[0] == 0
 
 
+async def test_a_wsgi_application_may_run_a_loop_while_it_is_imported(
+    broker_server: BrokerServer, interface: Interface, tmp_path: Path, workers: list[Worker]
+) -> None:
+    (tmp_path / "pages.py").write_text(
+        "import asyncio\n"
+        "async def ask(): return b'an answer'\n"
+        "BODY = asyncio.run(ask())\n"
+        "def app(environ, start_response):\n"
+        "    start_response('200 OK', [])\n"
+        "    return [BODY]\n"
+    )
+    worker = Worker(broker_server.url, tmp_path, "pages:app", "interface='wsgi'")
+    workers.append(worker)
+    assert await asyncio.to_thread(worker.wait_ready) == b"ready\n"
+    opening = make_opening(http_scope(), interface=interface.layer.process_id, first=REQUEST)
+    client = await interface.open(opening)
+    await interface.until(lambda: client.outcome is not None)
+    assert [event["body"] for event in client.events if event.get("body")] == [b"an answer"]
+
+
 async def test_a_second_signal_ends_the_process_at_once_although_a_thread_is_stuck(
     broker_server: BrokerServer, interface: Interface, tmp_path: Path, workers: list[Worker]
 ) -> None:
