@@ -56,6 +56,14 @@ class Capacities:
         exceptions = {pattern.pattern: capacity for pattern, capacity in self._patterns}
         return f"<Capacities default={self.default} exceptions={exceptions}>"
 
+    @property
+    def is_default(self) -> bool:
+        return self.default == CAPACITY_DEFAULT and not self._patterns
+
+    def adopt(self, other: Capacities) -> None:
+        """Be as ``other`` from now on."""
+        self.default, self._patterns = other.default, other._patterns
+
     def of(self, channel: str) -> int:
         """Return how many messages may wait in ``channel``, or in all channels of its non-local name."""
         for pattern, capacity in self._patterns:

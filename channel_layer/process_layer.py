@@ -241,6 +241,10 @@ class RedisProcessLayer(ChannelsBackend):
     def prefix(self) -> str:
         return self.keys.prefix
 
+    def adopt_capacities(self, capacities: Capacities) -> None:
+        """Hold channels to these from now on: what an application has configured."""
+        self._capacities.adopt(capacities)
+
     @property
     def broker_reachable(self) -> bool:
         """True while our own inbox can be reached; others' and channels may be elsewhere (see broker.py)."""

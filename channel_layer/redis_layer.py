@@ -84,7 +84,8 @@ class RedisChannelLayer(ChannelsBackend):
         on_reconnect               … and when it is back
         random_prefix_length, serializer_format ("msgpack" or "json")    accepted; they change nothing
 
-        In a worker, and with the worker's own broker, the worker's expiry, capacities and keys hold.
+        In a worker, and with the worker's own broker, the worker's expiry and keys hold; capacities that are given
+        are the worker's from the first call on.
         """
         for name in unsupported:
             hint = _UNSUPPORTED.get(name)
@@ -210,7 +211,7 @@ class RedisChannelLayer(ChannelsBackend):
         return await self._home[1].layer()
 
     def _is_same(self, installed: RedisProcessLayer) -> bool:
-        """True if the worker's layer is what we were asked for. Its capacities, expiry and keys then hold.
+        """True if the worker's layer is what we were asked for. Its expiry and keys then hold, and our capacities.
 
         Raises ValueError if we were asked to encrypt and the worker does not: then not even its interface servers
         could read what we send.
@@ -226,6 +227,10 @@ class RedisChannelLayer(ChannelsBackend):
                     "TRUNKLINE_ENCRYPTION_KEYS or with --encryption-keys"
                 )
             logger.warning("symmetric_encryption_keys are not those of this worker, which hold")
+        if not self._capacities.is_default:
+            installed.adopt_capacities(self._capacities)
+        if self.expiry != installed.expiry:
+            logger.warning("expiry=%g is not this worker's, %g s, which holds", self.expiry, installed.expiry)
         installed.announce_outages(self._notices)
         return True
 

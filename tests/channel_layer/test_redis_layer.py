@@ -21,7 +21,7 @@ from asgiref.sync import async_to_sync
 import channel_layer
 from channel_layer.base import ChannelLayer
 from channel_layer.encryption import Cipher
-from channel_layer.errors import BrokerUnavailable
+from channel_layer.errors import BrokerUnavailable, ChannelFull
 from channel_layer.home import close_homes
 from channel_layer.process_layer import RedisProcessLayer
 from channel_layer.redis_layer import RedisChannelLayer
@@ -188,6 +188,24 @@ async def test_in_a_worker_with_keys_the_workers_hold(
             assert await layer.receive("x") == HELLO
             assert worker.statistics().normal_channels.taken_count == 1
             assert ("which hold" in caplog.text) == (keys in (["another"], []))
+        finally:
+            channel_layer.install_process_layer(None)
+
+
+async def test_in_a_worker_capacities_that_are_given_hold_and_its_own_expiry(
+    broker_server: BrokerServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with started(broker_server.url) as (worker, _):
+        channel_layer.install_process_layer(worker)
+        try:
+            layer = RedisChannelLayer(capacity=2, channel_capacity={"large": 3}, expiry=3600)
+            # A second one without is no reason to forget them.
+            for each, name, capacity in ((layer, "small", 2), (layer, "large", 3), (RedisChannelLayer(), "other", 2)):
+                for _ in range(capacity):
+                    await each.send(name, HELLO)
+                with pytest.raises(ChannelFull):
+                    await each.send(name, HELLO)
+            assert caplog.messages == ["expiry=3600 is not this worker's, 60 s, which holds"]
         finally:
             channel_layer.install_process_layer(None)
 
