@@ -82,6 +82,10 @@ _WAIT_FRAMES_SHOWN: Final = 4
 # have the loop for all of them. Behind these it waits for a turn, as all others that have as much (turns.py).
 TURN_EVENTS_MAX: Final = 32
 
+# An application that is to be asked for its latest state, and does not come back to receive() for so long, is taken
+# for one that only sends, if it has stored a checkpoint behind the last message. Else it may still owe an answer.
+PUSHING_AFTER_S: Final = 5.0
+
 # A longer response leaves as events, within the client's credit, which an ANSWER does not ask for.
 _ANSWER_BYTES_MAX: Final = 16 * 1024
 
@@ -410,13 +414,16 @@ class Instance:
             self._moving = Moving()
         self._moved = moved
         if self._moving.begin():
-            if self._latest_state is None:
-                self._arrived.insert(0, (REQUEST, 0))
-                self._wake_receivers()
-            else:
-                self._moving.request_read()
-                latest, context = self._latest_state
-                self._asking = self._loop.create_task(self._ask(latest), context=context)
+            # One that has never received a message, and one that waits for the next, has answered all it received.
+            if self._latest_state is not None and (
+                self._received_count <= 0 or not all(receiver.cancelled() for receiver in self._receivers)
+            ):
+                self._begin_asking()
+                return True
+            self._arrived.insert(0, (REQUEST, 0))
+            self._wake_receivers()
+            if self._latest_state is not None:
+                self._loop.call_later(PUSHING_AFTER_S, self._ask_if_pushing)
             return True
         if self._receivers:
             self._freeze_if_still()
@@ -546,7 +553,9 @@ class Instance:
             if self._sent.state is State.COMPLETE:
                 # ASGI, "Disconnect": also when receive() is called after the response has been sent.
                 return {"type": "http.disconnect"}
-            if self._arrived and not self._is_frozen:
+            # What is received meanwhile would count as covered by a state that does not know of it.
+            is_asking = self._asking is not None and self._disconnect is None
+            if self._arrived and not (self._is_frozen or is_asking):
                 if self._turn_left == 0:
                     self._turn_left = TURN_EVENTS_MAX
                     turn = self._loop.create_future()
@@ -559,8 +568,11 @@ class Instance:
                     self._received_count += 1
                 elif event is REQUEST:
                     assert self._moving is not None
-                    self._moving.request_read()
-                    return dict(event)
+                    if self._latest_state is None:
+                        self._moving.request_read()
+                        return dict(event)
+                    self._begin_asking()
+                    continue
                 credit = self._incoming.consume(cost_bytes)
                 if credit is not None and self._is_held and self._disconnect is None:
                     self.claim()
@@ -647,6 +659,20 @@ class Instance:
 
     # Inside
 
+    def _begin_asking(self) -> None:
+        assert self._moving is not None
+        assert self._latest_state is not None
+        self._moving.request_read()
+        latest, context = self._latest_state
+        self._asking = self._loop.create_task(self._ask(latest), context=context)
+
+    def _ask_if_pushing(self) -> None:
+        """The application has not come back to receive(): if its own checkpoint covers all, it only sends."""
+        assert self._moving is not None
+        if self._arrived and self._arrived[0][0] is REQUEST and self._moving.covers(self._received_count):
+            del self._arrived[0]
+            self._begin_asking()
+
     async def _ask(self, latest: Callable[[], Any]) -> None:
         try:
             state = latest()
@@ -659,6 +685,9 @@ class Instance:
         except Exception:
             # It stays, until the drain ends.
             logger.exception("%s: the application did not say what its last state is", self.describe())
+        finally:
+            self._asking = None
+            self._wake_receivers()
 
     def _frames_of_last_checkpoint(self, state: bytes) -> Iterator[bytes]:
         yield state

@@ -72,7 +72,11 @@ class Moving:
         """The application waits in receive(), and nothing is on its way: True if it is to be given away now."""
         if self.phase is not MovingPhase.READY or self._tried == self._checkpoint_count or self._asked:
             return False
-        return not self.has_checkpoint or self._covered == received_count
+        return not self.has_checkpoint or self.covers(received_count)
+
+    def covers(self, received_count: int) -> bool:
+        """The last checkpoint was stored behind the last message that was received."""
+        return self.has_checkpoint and self._covered == received_count
 
     def freeze(self) -> None:
         self.phase = MovingPhase.FROZEN

@@ -297,6 +297,112 @@ async def test_the_latest_state_is_asked_for_where_the_application_runs(is_async
     await bench.settle()
 
 
+class Handling:
+    """An endpoint that takes its time over a message; ``is_covered``: it stores a checkpoint before it answers."""
+
+    def __init__(self, *, is_covered: bool = False) -> None:
+        self.go_on = asyncio.Event()
+        self.is_covered = is_covered
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        count = stored_state(0)
+
+        def latest() -> Any:
+            return count
+
+        await receive()
+        await send({"type": "websocket.accept"})
+        await store_state(count, latest=latest)
+        while (await receive())["type"] != "websocket.disconnect":
+            count += 1
+            if self.is_covered:
+                await store_state(count, latest=latest)
+            await self.go_on.wait()
+            await send({"type": "websocket.send", "text": str(count)})
+
+
+@pytest.mark.parametrize("is_covered", [False, True])
+async def test_a_message_that_is_being_handled_is_answered_before_the_state_is_asked_for(is_covered: bool) -> None:
+    application = Handling(is_covered=is_covered)
+    bench = Bench(application)
+    await bench.connect()
+    await bench.say("one")
+    await bench.stop()
+    assert bench.released == 0
+    await bench.say("two")  # for whoever goes on
+    application.go_on.set()
+    await bench.settle()
+    assert bench.texts() == ["1"]
+    assert bench.released == 1
+    assert bench.states[-1] == (1, STATE_NOTIFY, 1)
+    bench.process.frame_received(INTERFACE, [int(FrameKind.RELEASED), 1, 1, True])
+    await bench.settle()
+    assert bench.process.instances() == []
+
+
+@pytest.mark.parametrize("is_covered", [False, True])
+async def test_an_endpoint_that_only_sends_is_asked_if_its_checkpoint_covers_what_it_received(
+    monkeypatch: pytest.MonkeyPatch, is_covered: bool
+) -> None:
+    monkeypatch.setattr("worker.instance.PUSHING_AFTER_S", 0.0)
+    bench = Bench(Handling(is_covered=is_covered))
+    await bench.connect()
+    await bench.say("subscribe")
+    await bench.stop()
+    await bench.settle()
+    assert bench.released == int(is_covered)
+    await bench.process.stop(0)
+
+
+async def test_nothing_is_received_while_the_latest_state_is_made() -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+    received: list[Any] = []
+
+    async def latest() -> Any:
+        asked.set()
+        await answer.wait()
+        return len(received)
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await store_state(0, latest=latest)
+        while True:
+            received.append(await receive())
+
+    bench = Bench(application)
+    await bench.connect()
+    await bench.stop()
+    await asked.wait()
+    await bench.say("not for this one any more")
+    answer.set()
+    await bench.settle()
+    assert (bench.states[-1], bench.released, received) == ((0, STATE_NOTIFY, 0), 1, [])
+    bench.process.frame_received(INTERFACE, [int(FrameKind.RELEASED), 1, 1, False])
+    await bench.settle()
+    assert [event["text"] for event in received] == ["not for this one any more"]
+    await bench.process.stop(0)
+
+
+async def test_a_client_that_leaves_while_the_latest_state_is_made_is_told() -> None:
+    received: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await store_state(0, latest=asyncio.Event().wait)
+        received.append(await receive())
+
+    bench = Bench(application)
+    await bench.connect()
+    await bench.stop()
+    for frame in bench.interface.last({"type": "websocket.disconnect", "code": 1001}):
+        bench.process.frame_received(INTERFACE, frame)
+    await bench.settle()
+    assert received == [{"type": "websocket.disconnect", "code": 1001}]
+    await bench.process.stop(0)
+
+
 async def test_a_latest_state_that_fails_is_told_and_the_websocket_stays(caplog: pytest.LogCaptureFixture) -> None:
     async def latest() -> Any:
         raise RuntimeError("no state today")
