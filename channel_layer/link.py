@@ -358,7 +358,8 @@ class Link:
 
     def ping(self) -> None:
         """Ask the peer for a sign of life, at once: ``heard_at`` tells when one came."""
-        self._ping_due = True
+        if self.state is not LinkState.LEFT:  # who has said goodbye does not answer, and we would never forget it
+            self._ping_due = True
 
     @property
     def is_congested(self) -> bool:

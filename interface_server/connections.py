@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, ClassVar, Final, Protocol
 
 from channel_layer.base import ProcessLayer, Stored
+from channel_layer.broker_connection import WritesRefused
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import EVENT_COST_MIN_BYTES
 from channel_layer.errors import BrokerUnavailable, ChannelFull
@@ -669,8 +670,9 @@ class Connections:
             pass  # claimed or gone; it was stored after all, or it does not matter
         elif isinstance(error, ChannelFull):
             self._refuse(connection, Refusal.QUEUE_FULL)
-        elif isinstance(error, BrokerUnavailable):
-            # It may have been stored. Sending it again is harmless: one claim for each epoch is granted.
+        elif isinstance(error, BrokerUnavailable) or (connection.is_moving and isinstance(error, WritesRefused)):
+            # It may have been stored. Sending it again is harmless: one claim for each epoch is granted. A broker
+            # that takes no writes, as a new master without replicas, is a pause for a WebSocket, as for links.
             if connection.is_moving:
                 self._look_again(connection)
                 self._call_later(_PUSH_AGAIN_S, self._continue_moves)

@@ -488,7 +488,7 @@ class Instance:
             return
         details = {"code": 1012, "reason": "the worker stops"} if self.protocol == "websocket" else {}
         self._is_shut_down = True
-        self._is_frozen = False
+        # Frozen, it stays so: the disconnect and the close are for one that is told to go on.
         if self._sent.state is State.OPEN and self._refusal is None:
             # In order behind what the application has sent, within the client's credit. Where a slow client leaves
             # none, the end of the link closes the WebSocket, with 1012, too.

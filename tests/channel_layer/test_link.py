@@ -506,6 +506,17 @@ def test_a_stranger_is_answered_and_leaves_nothing_behind() -> None:
     assert end.link.is_forgettable
 
 
+def test_who_has_said_goodbye_is_asked_no_more_and_forgotten() -> None:
+    a, b = connected(SMALL)
+    b.link.leave()
+    a.take(b.push())
+    b.take(a.push())
+    assert a.link.is_forgettable
+    a.link.ping()
+    assert a.push() == []
+    assert a.link.is_forgettable
+
+
 # Ends
 
 

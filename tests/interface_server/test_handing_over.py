@@ -3,6 +3,7 @@
 import msgpack
 import pytest
 
+from channel_layer.broker_connection import WritesRefused
 from channel_layer.codec import decode_event, encode_event
 from channel_layer.connection import OutgoingEvents
 from channel_layer.errors import BrokerUnavailable
@@ -454,10 +455,11 @@ async def test_the_time_stands_still_while_the_broker_is_away(bench):
     client.connection.client_gone(GOODBYE)
 
 
-async def test_a_broker_that_refuses_is_asked_again(bench):
+@pytest.mark.parametrize("error", [BrokerUnavailable("refused"), WritesRefused("NOREPLICAS")], ids=repr)
+async def test_a_broker_that_refuses_is_asked_again(bench, error):
     client = await accepted(bench)
     bench.connections.peer_ended(WORKER, "killed")
-    await bench.answer("push", BrokerUnavailable("refused"))
+    await bench.answer("push", error)
     assert bench.open_calls("push") == []
     await bench.advance(1)
     await adopted(bench, client)

@@ -367,8 +367,8 @@ async def test_nothing_is_received_while_the_latest_state_is_made() -> None:
         await receive()
         await send({"type": "websocket.accept"})
         await store_state(0, latest=latest)
-        while True:
-            received.append(await receive())
+        while (event := await receive())["type"] != "websocket.disconnect":
+            received.append(event)
 
     bench = Bench(application)
     await bench.connect()
@@ -421,6 +421,34 @@ async def test_a_latest_state_that_fails_is_told_and_the_websocket_stays(caplog:
     await bench.say("still there?")
     assert bench.texts() == ["here"]
     await bench.process.stop(0)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+async def test_what_is_being_given_away_when_the_drain_ends_is_not_told_that_its_client_left(moved: bool) -> None:
+    received: list[Any] = []
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        await store_state(0)
+        while not received or received[-1]["type"] != "websocket.disconnect":
+            received.append(await receive())
+
+    bench = Bench(application)
+    await bench.connect()
+    await bench.stop()
+    assert bench.released == 1
+    await bench.say("for whoever goes on")
+    for instance in bench.process.instances():
+        instance.shut_down()
+    await bench.settle()
+    assert received == []
+    bench.process.frame_received(INTERFACE, [int(FrameKind.RELEASED), 1, 1, moved])
+    await bench.settle()
+    closes = [event for event in bench.interface.events if event["type"] == "websocket.close"]
+    assert [close["code"] for close in closes] == ([] if moved else [1012])
+    assert [event["type"] for event in received] == ([] if moved else ["websocket.receive", "websocket.disconnect"])
+    assert bench.process.instances() == []
 
 
 async def test_an_instance_without_a_checkpoint_that_is_moved_gets_a_disconnect() -> None:
