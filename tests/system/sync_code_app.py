@@ -28,7 +28,8 @@ from django.http import JsonResponse  # noqa: E402
 from django.urls import path  # noqa: E402
 
 variable = contextvars.ContextVar("variable", default="unset")
-LONG_S = 0.5  # of a blocking call; requests that run beside each other meet in it
+LONG_S = 0.5  # of a blocking call; requests that run beside each other and should not would meet in it
+PATIENCE_S = 30  # for those who should
 
 
 def here():
@@ -51,19 +52,23 @@ class Meeting:
     """Counts how many are in a blocking call at the same time."""
 
     def __init__(self):
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
         self.inside = 0
+        self.most = 0  # since nobody was
 
-    def block(self):
-        with self.lock:
+    def block(self, until=1):
+        """Return when so many have been here at the same time, or it is clear that they do not come."""
+        with self.changed:
             self.inside += 1
-            most = self.inside
-        deadline = time.monotonic() + LONG_S
-        while time.monotonic() < deadline:
-            time.sleep(0.01)
-            most = max(most, self.inside)
-        with self.lock:
+            self.most = max(self.most, self.inside)
+            self.changed.notify_all()
+        time.sleep(LONG_S)
+        with self.changed:
+            self.changed.wait_for(lambda: self.most >= until, PATIENCE_S)
+            most = self.most
             self.inside -= 1
+            if not self.inside:
+                self.most = 0
         return {**here(), "together": most}
 
 
@@ -97,15 +102,15 @@ async def sensitive(scope):
 
 async def sensitive_in_context(scope):
     async with ThreadSensitiveContext():
-        return await sync_to_async(meeting.block)()
+        return await sync_to_async(meeting.block)(until=6)
 
 
 async def insensitive(scope):
-    return await sync_to_async(meeting.block, thread_sensitive=False)()
+    return await sync_to_async(meeting.block, thread_sensitive=False)(until=4)
 
 
 async def to_thread(scope):
-    return await asyncio.to_thread(meeting.block)
+    return await asyncio.to_thread(meeting.block, until=4)
 
 
 async def context(scope):
@@ -171,7 +176,7 @@ def asgi2(scope):
 
 
 def sync_view(request):
-    return JsonResponse(meeting.block())
+    return JsonResponse(meeting.block(until=6))
 
 
 async def async_view(request):
@@ -207,7 +212,7 @@ site = ProtocolTypeRouter({"http": get_asgi_application(), "websocket": Consumer
 def wsgi(environ, start_response):
     before = variable.get()
     variable.set("of the request")
-    result = {"before": before, **meeting.block()}
+    result = {"before": before, **meeting.block(until=1 if environ["PATH_INFO"] == "/tell" else 3)}
     if environ["PATH_INFO"] == "/tell":
 
         async def again():
