@@ -13,12 +13,13 @@ import asyncio
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 
-__all__ = ["AdminPortError", "AdminServer", "Answer", "alive", "readiness"]
+__all__ = ["AdminPortError", "AdminServer", "Answer", "alive", "explain_listen_error", "readiness"]
 
 logger = logging.getLogger("trunkline.admin")
 
@@ -27,6 +28,17 @@ _HEAD_BYTES_MAX: Final = 8 * 1024
 _TIMEOUT_S: Final = 5.0
 # Checks are few; for one more the oldest is closed: it has asked for nothing yet, or does not read its answer.
 _CONNECTIONS_MAX: Final = 64
+
+
+def explain_listen_error(error: Exception) -> str:
+    """Why a socket could not be opened, without the address: whoever asks knows it, and libraries add it or not."""
+    if isinstance(error, UnicodeError):
+        return "this is no name of a host"  # its text is about a codec
+    if isinstance(error, socket.gaierror):
+        return error.strerror or str(error)  # its numbers are not errno's
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return str(error)
 
 
 class AdminPortError(OSError):
@@ -79,10 +91,7 @@ class AdminServer:
                 self._connected, self.host, self.port, limit=_HEAD_BYTES_MAX, reuse_address=True
             )
         except (OSError, UnicodeError) as error:
-            if isinstance(error, UnicodeError):
-                reason = "this is no name of a host"  # its text is about a codec
-            else:  # asyncio's text has the address again
-                reason = os.strerror(error.errno) if error.errno else str(error)
+            reason = explain_listen_error(error)
             raise AdminPortError(f"cannot listen on the admin port {self.host}:{self.port}: {reason}") from error
         self.port = self._server.sockets[0].getsockname()[1]
         logger.info("health checks on http://%s:%d/readyz and /healthz", _bracketed(self.host), self.port)

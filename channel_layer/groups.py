@@ -309,9 +309,9 @@ class Groups:
     def _wait_no_more(self, group: str, channel: str, when_registered: WhenRegistered) -> None:
         """A call ends: if it has no answer and nobody else waits for one, a new membership ends with it."""
         registration = self._registrations.get(group)
-        calls = None if registration is None else registration.waiting.get(channel)
-        if registration is None or calls is None or when_registered not in calls:
+        if registration is None or when_registered not in registration.waiting.get(channel, ()):
             return
+        calls = registration.waiting[channel]
         calls.remove(when_registered)
         if not calls:
             del registration.waiting[channel]

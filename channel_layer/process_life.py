@@ -33,6 +33,7 @@ from channel_layer.errors import BrokerUnavailable
 from channel_layer.readiness import BEAT_INTERVAL_S, LifePhase, StatusWord, build_status, explain_unready
 
 __all__ = [
+    "FORCED_LEAVE_TIMEOUT_S",
     "HURRIED_DRAIN_S",
     "INTERRUPTED",
     "STATUS_VARIABLE",
@@ -41,6 +42,7 @@ __all__ = [
     "WrongInput",
     "fail",
     "find_release",
+    "leave",
     "unless",
 ]
 
@@ -50,6 +52,8 @@ logger = logging.getLogger("trunkline.channel_layer")
 STATUS_VARIABLE: Final = "TRUNKLINE_STATUS_FD"
 # After Ctrl-C: a developer waits for the prompt.
 HURRIED_DRAIN_S: Final = 1.0
+# After a second signal: to say goodbye on the links. Then the others find us gone by our lease.
+FORCED_LEAVE_TIMEOUT_S: Final = 0.5
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # When a stack could not be written in this time (stderr is a pipe that nobody reads), the process ends without.
 _DUMP_TIMEOUT_S: Final = 5.0
@@ -74,6 +78,12 @@ class ProvingLayer(Protocol):
     def probe(self) -> None: ...
 
     def set_load(self, load: int, room: int) -> None: ...
+
+
+class LeavingLayer(Protocol):
+    """What is asked of a layer when its process ends."""
+
+    async def stop(self) -> None: ...
 
 
 def fail(error: Exception | str, status: int, *, pipe: StatusPipe) -> int:
@@ -124,6 +134,24 @@ def _abandon(task: asyncio.Future[object]) -> None:
 
     task.add_done_callback(look)
     task.cancel()
+
+
+async def leave(layer: LeavingLayer, at_once: asyncio.Event) -> bool:
+    """Stop the layer. False: it had not ended ``FORCED_LEAVE_TIMEOUT_S`` behind ``at_once``, and was given up."""
+
+    async def limit() -> None:
+        await at_once.wait()
+        limited.reschedule(asyncio.get_running_loop().time() + FORCED_LEAVE_TIMEOUT_S)
+
+    limiting = asyncio.ensure_future(limit())
+    try:
+        async with asyncio.timeout(None) as limited:
+            await layer.stop()
+    except TimeoutError:
+        return False
+    finally:
+        limiting.cancel()
+    return True
 
 
 class StatusPipe:

@@ -169,15 +169,6 @@ class RedisChannelLayer(ChannelsBackend):
         if isinstance(installed, RedisProcessLayer):
             if self._judged is None or self._judged[0] is not installed:
                 self._judged = (installed, self._is_same(installed))
-                if not self._judged[1]:
-                    logger.warning(
-                        "the channel layer at %s, prefix %s, is not this worker's own, at %s, prefix %s: it knows "
-                        "none of its clients",
-                        redact_urls(self._broker()),
-                        self._own_prefix(),
-                        redact_urls(installed.url),
-                        installed.prefix,
-                    )
             if self._judged[1]:
                 return installed
         pid = os.getpid()
@@ -216,9 +207,17 @@ class RedisChannelLayer(ChannelsBackend):
         Raises ValueError if we were asked to encrypt and the worker does not: then not even its interface servers
         could read what we send.
         """
-        if self._prefix is not None and self._prefix != installed.prefix:
-            return False
-        if self._url is not None and not is_same_broker(self._url, installed.url):
+        if (self._prefix is not None and self._prefix != installed.prefix) or (
+            self._url is not None and not is_same_broker(self._url, installed.url)
+        ):
+            logger.warning(
+                "the channel layer at %s, prefix %s, is not this worker's own, at %s, prefix %s: it knows "
+                "none of its clients",
+                redact_urls(self._broker()),
+                self._own_prefix(),
+                redact_urls(installed.url),
+                installed.prefix,
+            )
             return False
         if self._cipher is not None and self._cipher != installed.cipher:
             if self._cipher.is_encrypting and not installed.cipher.is_encrypting:

@@ -145,7 +145,7 @@ class FrameReader(WebSocketServerProtocol):
     def __repr__(self) -> str:
         return (
             f"<FrameReader paused={self._is_paused} stopped={self._is_stopped} "
-            f"buffered={len(self.data) + len(self._unfed) - self._at} message={self._message_bytes}>"
+            f"buffered={len(self.data) + self.unread_bytes} message={self._message_bytes}>"
         )
 
     @property

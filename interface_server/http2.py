@@ -146,9 +146,8 @@ class Http2Connection:
         if self._windows_opened:
             self._windows_opened = False
             for stream in self.streams.values():
-                if stream.has_frames and not stream.is_waiting:
-                    stream.is_waiting = True
-                    self._waiting.append(stream)
+                if stream.has_frames:
+                    self._queue(stream)
         self._send()
         if self.factory.is_stopping and not self._is_new:
             self.stop()  # it began during the stop, and its first request, perhaps in a read of its own, is here
@@ -297,10 +296,14 @@ class Http2Connection:
 
     def wait(self, stream: Http2Stream) -> None:
         """``stream`` has something to send."""
+        self._queue(stream)
+        self._send()
+
+    def _queue(self, stream: Http2Stream) -> None:
+        """Have ``stream`` send behind those that wait; each is there once, or it would take the others' turns."""
         if not stream.is_waiting:
             stream.is_waiting = True
             self._waiting.append(stream)
-        self._send()
 
     def grant(self, stream_id: int, size: int) -> None:
         """Let the client send so much more on a stream."""
@@ -333,9 +336,8 @@ class Http2Connection:
                 stream.is_waiting = False
                 unwritten += stream.send_frame(self._h2)
                 # Its application may have written meanwhile, and have put it there already.
-                if not stream.is_waiting and stream.can_send(self._h2):
-                    stream.is_waiting = True
-                    self._waiting.append(stream)
+                if stream.can_send(self._h2):
+                    self._queue(stream)
                 # else a WINDOW_UPDATE, or its application, brings it back
                 if unwritten >= _WRITE_BYTES:
                     unwritten = 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from channel_layer.admin import explain_listen_error
 from interface_server.endpoints import Endpoint, parse_endpoint, render_adopted
 from interface_server.settings import InterfaceSettings
 
@@ -185,14 +186,7 @@ def open_listening_socket(settings: InterfaceSettings) -> socket.socket:
     try:
         listening = _open(settings)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = str(error)
-        if isinstance(error, UnicodeError):
-            reason = "this is no name of a host"  # its text is about a codec
-        elif isinstance(error, socket.gaierror):
-            reason = error.strerror or reason  # its numbers are not errno's
-        elif isinstance(error, OSError) and error.errno is not None:
-            reason = os.strerror(error.errno)  # create_server adds the address, which we say already
-        raise OSError(f"cannot listen on {where}: {reason}") from error
+        raise OSError(f"cannot listen on {where}: {explain_listen_error(error)}") from error
     listening.setblocking(False)
     return listening
 

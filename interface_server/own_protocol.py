@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from channel_layer.encryption import environment_items
 from channel_layer.frames import Outcome
 from channel_layer.process_layer import RedisProcessLayer
-from channel_layer.process_life import unless
+from channel_layer.process_life import leave, unless
 from interface_server import server
 from interface_server.client import Connection, Refusal
 from interface_server.connections import Connections
@@ -65,7 +65,6 @@ _LOGGER: Final = logging.getLogger("trunkline.interface")
 
 # Behind the last word: what a client has not read by then, it does not get.
 _FLUSH_TIMEOUT_S: Final = 5.0
-_LEAVE_TIMEOUT_S: Final = 0.5  # after a second signal: to say goodbye on the links
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,30}")
 _RESERVED: Final = frozenset({"http", "websocket", "lifespan", "channel"})
 
@@ -341,10 +340,7 @@ class OwnServer:
                 wait.cancel()
         for client in list(self.clients):
             client.abort()
-        try:
-            async with asyncio.timeout(_LEAVE_TIMEOUT_S if at_once.is_set() else None):
-                await self._layer.stop()
-        except TimeoutError:
+        if not await leave(self._layer, at_once):
             _LOGGER.warning("the workers will find this interface server gone by its lease")
         self.connections.close()
         self.deadlines.close()

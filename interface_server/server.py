@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 from channel_layer.encryption import Cipher, read_keys
 from channel_layer.errors import BrokerUnavailable, BrokerUnsuitable, InvalidName
 from channel_layer.process_layer import RedisProcessLayer
-from channel_layer.process_life import ProcessLife, StatusPipe, WrongInput, fail, find_release, unless
+from channel_layer.process_life import ProcessLife, StatusPipe, WrongInput, fail, find_release, leave, unless
 from channel_layer.turns import Turns
 from interface_server import event_loop
 from interface_server.access_log import AccessLog
@@ -53,9 +53,6 @@ _NEWCOMERS_S: Final = 0.25
 # busy cores an answer beside a flood took three times as long. Who sends 64 frames a read at most never waits.
 TURN_PAUSE_S: Final = 0.002
 _OPENING_EXPIRY_MARGIN_S: Final = 5.0
-
-# After a second signal: to say goodbye on the links. Then the workers find us gone by our lease.
-_FORCED_LEAVE_TIMEOUT_S: Final = 0.5
 
 
 def run(settings: InterfaceSettings, *, server_class: Callable[..., Any] | None = None) -> int:
@@ -288,10 +285,7 @@ class InterfaceServer:
             self._wait_for_sockets(_FLUSH_TIMEOUT_S if timeout_s > _FLUSH_TIMEOUT_S else _SHORT_FLUSH_TIMEOUT_S),
         )
         self._http1.abort()
-        try:
-            async with asyncio.timeout(_FORCED_LEAVE_TIMEOUT_S if at_once.is_set() else None):
-                await self._layer.stop()
-        except TimeoutError:
+        if not await leave(self._layer, at_once):
             _LOGGER.warning("the workers will find this interface server gone by its lease")
         self.connections.close()
         self._deadlines.close()

@@ -76,7 +76,7 @@ class Moving:
 
     def covers(self, received_count: int) -> bool:
         """The last checkpoint was stored behind the last message that was received."""
-        return self.has_checkpoint and self._covered == received_count
+        return self._covered == received_count
 
     def freeze(self) -> None:
         self.phase = MovingPhase.FROZEN

@@ -37,7 +37,16 @@ from channel_layer.frames import Frame, FrameKind, build_closed
 from channel_layer.link import GIVEN_UP_REASONS
 from channel_layer.openings import Opening, decode_opening
 from channel_layer.process_layer import RedisProcessLayer
-from channel_layer.process_life import INTERRUPTED, ProcessLife, StatusPipe, WrongInput, fail, find_release, unless
+from channel_layer.process_life import (
+    INTERRUPTED,
+    ProcessLife,
+    StatusPipe,
+    WrongInput,
+    fail,
+    find_release,
+    leave,
+    unless,
+)
 from channel_layer.turns import Turns
 from worker.application import Application, build_application
 from worker.background import BackgroundChannel
@@ -78,8 +87,6 @@ MOVE_PLACE_S: Final = 1.0
 CANCEL_TIMEOUT_S: Final = 2.0
 # When all is over: for threads and tasks of the application to end. Then the process goes without them.
 EXIT_TIMEOUT_S: Final = 2.0
-# After a second signal: to say goodbye on the links.
-FORCED_LEAVE_TIMEOUT_S: Final = 0.5
 # So many objects are made and not dropped before Python looks for cycles of garbage among them, instead of its own
 # 700. A broadcast that a thousand consumers carry out at once makes some fifty objects for each of them, all alive:
 # looking through them again and again took half of the worker's time (docs/decisions/0022). What cycles hold stays so
@@ -714,12 +721,7 @@ async def _serve(settings: WorkerSettings, pipe: StatusPipe) -> int:
     try:
         is_clean = await _serve_connections(settings, lifespan, process, layer, life)
     finally:
-        leaving = loop.create_task(layer.stop())
-        await unless(life.at_once, asyncio.wait([leaving]))
-        try:
-            async with asyncio.timeout(FORCED_LEAVE_TIMEOUT_S if life.at_once.is_set() else None):
-                await leaving
-        except TimeoutError:
+        if not await leave(layer, life.at_once):
             logger.warning("the other processes will find this worker gone by its lease")
         await life.close()
     if life.at_once.is_set():

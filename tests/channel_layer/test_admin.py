@@ -130,6 +130,11 @@ async def test_what_is_no_name_of_a_host_is_named() -> None:
         await AdminServer("a..b", 0, {}).start()
 
 
+async def test_a_host_that_nobody_knows_is_named() -> None:
+    with pytest.raises(AdminPortError, match=r"admin port nowhere\.invalid:0: (?!Unknown error)\w"):
+        await AdminServer("nowhere.invalid", 0, {}).start()
+
+
 async def test_a_taken_port_is_named(server: AdminServer) -> None:
     with pytest.raises(AdminPortError, match=rf"cannot listen on the admin port 127\.0\.0\.1:{server.port}: Address"):
         await AdminServer("127.0.0.1", server.port, {}).start()

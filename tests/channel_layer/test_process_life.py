@@ -13,7 +13,7 @@ import pytest
 
 from channel_layer import process_life
 from channel_layer.errors import BrokerUnavailable
-from channel_layer.process_life import INTERRUPTED, STATUS_VARIABLE, ProcessLife, StatusPipe, fail, unless
+from channel_layer.process_life import INTERRUPTED, STATUS_VARIABLE, ProcessLife, StatusPipe, fail, leave, unless
 from channel_layer.readiness import LifePhase
 
 ALONE = StatusPipe({})
@@ -42,6 +42,18 @@ def pipe() -> Iterator[Pipe]:
     yield pipe
     os.close(pipe.read_end)
     os.close(pipe.write_end)
+
+
+class StoppingLayer:
+    """Its stop() ends when it is told that the others have heard."""
+
+    def __init__(self) -> None:
+        self.is_stopping = asyncio.Event()
+        self.have_heard = asyncio.Event()
+
+    async def stop(self) -> None:
+        self.is_stopping.set()
+        await self.have_heard.wait()
 
 
 class FakeLayer:
@@ -202,3 +214,23 @@ async def test_an_error_of_interrupted_work_is_told_and_not_reported_as_one_that
             await asyncio.sleep(0)
     gc.collect()
     assert reported == []
+
+
+async def test_a_layer_that_nobody_hurries_stops_in_its_own_time() -> None:
+    layer, at_once = StoppingLayer(), asyncio.Event()
+    leaving = asyncio.create_task(leave(layer, at_once))
+    await layer.is_stopping.wait()
+    layer.have_heard.set()
+    assert await leaving
+
+
+@pytest.mark.parametrize("is_stopping", [False, True], ids=["before", "while it stops"])
+async def test_a_second_signal_limits_how_long_a_layer_stops(is_stopping: bool) -> None:
+    layer, at_once = StoppingLayer(), asyncio.Event()
+    if not is_stopping:
+        at_once.set()
+    leaving = asyncio.create_task(leave(layer, at_once))
+    await layer.is_stopping.wait()
+    at_once.set()
+    async with asyncio.timeout(30):
+        assert not await leaving
