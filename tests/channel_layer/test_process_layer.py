@@ -467,7 +467,8 @@ async def test_openings_that_a_blocked_loop_cannot_claim_are_told(
             told.set()
 
         interface.openings_held = hold
-        stalled = [(interface.process_id, 3, 1), ("igone", 4, 1), (interface.process_id, 5, 2)]
+        # Told one after another: when the last has heard, the others' letters are there.
+        stalled = [("igone", 4, 1), (interface.process_id, 3, 1), (interface.process_id, 5, 2)]
         worker.stalled_openings = lambda: stalled
         async with asyncio.timeout(PATIENCE_S):
             await told.wait()
