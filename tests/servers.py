@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -57,10 +58,12 @@ def find_redis_server() -> str | None:
 def _own_ports() -> Iterator[int]:
     """Ports of 127.0.0.1 for this process, again and again; below those that outgoing connections get.
 
-    Most test processes of one machine have other ones: a port is chosen well before its server starts, and with ports
-    from anywhere another process's server was found there now and then.
+    The processes of one test run have other ones, and most of other runs on the machine: a port is chosen well before
+    its server starts, and with ports from anywhere another process's server was found there now and then.
     """
-    first = 12_000 + os.getpid() % 40 * 500
+    run, worker = os.environ.get("PYTEST_XDIST_TESTRUNUID"), os.environ.get("PYTEST_XDIST_WORKER", "")
+    number = zlib.crc32(run.encode()) + int(worker.removeprefix("gw")) if run and worker else os.getpid()
+    first = 12_000 + number % 40 * 500
     return itertools.cycle(random.sample(range(first, first + 500), 500))
 
 
@@ -420,7 +423,8 @@ class ClusterServers:
         )
 
 
-def _wait(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def _wait(condition: Callable[[], bool], what: str, timeout_s: float = 75.0) -> None:
+    # A Sentinel that did not run for 2 s does nothing for 30 s (its TILT mode), and then what it is waited for.
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -90,7 +90,11 @@ async def test_who_says_too_much_is_dropped(server: AdminServer) -> None:
 
 async def test_who_says_too_little_is_dropped(server: AdminServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admin, "_TIMEOUT_S", 0.05)
-    assert await ask(server, b"GET /healthz") == b""
+    try:
+        answer = await ask(server, b"GET /healthz")
+    except ConnectionError:
+        answer = b""  # it was dropped before it had said anything
+    assert answer == b""
 
 
 async def test_those_who_ask_nothing_keep_nobody_from_asking(

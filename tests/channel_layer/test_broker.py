@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from channel_layer import broker_connection, scripts
+from channel_layer import blocking_reader, broker_connection, broker_shard, scripts
 from channel_layer.broker import BlockingReader, Broker, BrokerChange, BrokerState
 from channel_layer.broker_url import parse_broker_url
 from channel_layer.errors import BrokerError, BrokerUnavailable, BrokerUnsuitable
@@ -27,6 +27,12 @@ from tests.servers import BrokerServer, free_port
 LOST = BrokerChange(reachable=False, data_lost=False)
 RESTORED = BrokerChange(reachable=True, data_lost=False)
 RESTORED_EMPTY = BrokerChange(reachable=True, data_lost=True)
+
+
+@pytest.fixture(autouse=True)
+def long_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blocking read does not end by itself while a test is kept from what it does next."""
+    monkeypatch.setattr(blocking_reader, "BLOCK_S", 30.0)
 
 
 def on_both_loops(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
@@ -321,14 +327,14 @@ async def test_a_client_kill_is_an_outage_without_lost_data(any_broker_server: B
 
 @on_both_loops
 async def test_a_frozen_broker_is_given_up_after_the_socket_timeout(broker_server: BrokerServer) -> None:
-    async with connected(f"{broker_server.url}?socket_timeout=0.4&socket_connect_timeout=0.4") as broker:
+    async with connected(f"{broker_server.url}?socket_timeout=3&socket_connect_timeout=30") as broker:
         changes = Changes(broker)
         broker_server.pause()
         started = time.monotonic()
         call = broker.call("PING")
-        with pytest.raises(BrokerUnavailable, match=r"did not answer for 0.4 s"):
+        with pytest.raises(BrokerUnavailable, match=r"did not answer for 3 s"):
             await call
-        assert 0.4 <= time.monotonic() - started < 2
+        assert 3 <= time.monotonic() - started < 13
         broker_server.resume()
         await changes.wait(2)
         assert changes.seen == [LOST, RESTORED]
@@ -340,7 +346,7 @@ async def test_an_idle_connection_notices_a_frozen_broker_by_the_heartbeat(
     broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("channel_layer.broker_shard.HEARTBEAT_S", 0.2)
-    async with connected(f"{broker_server.url}?socket_timeout=0.3") as broker:
+    async with connected(f"{broker_server.url}?socket_timeout=3") as broker:
         changes = Changes(broker)
         broker_server.pause()
         await changes.wait(1)
@@ -353,22 +359,22 @@ async def test_an_idle_connection_notices_a_frozen_broker_by_the_heartbeat(
 async def test_a_loop_that_the_application_blocks_is_not_taken_for_a_silent_broker(
     broker_server: BrokerServer,
 ) -> None:
-    async with connected(f"{broker_server.url}?socket_timeout=0.2") as broker:
+    async with connected(f"{broker_server.url}?socket_timeout=3") as broker:
         changes = Changes(broker)
         for is_written in (True, False):
             call = broker.call("PING")
             if is_written:
                 await asyncio.sleep(0)
-            time.sleep(0.5)  # noqa: ASYNC251 - this is the application that blocks the loop
+            time.sleep(3.2)  # noqa: ASYNC251 - this is the application that blocks the loop
             assert await call == b"PONG"
         assert changes.seen == []
 
 
 @on_both_loops
 async def test_a_slow_broker_that_goes_on_answering_is_not_given_up(broker_server: BrokerServer) -> None:
-    async with connected(f"{broker_server.url}?socket_timeout=0.6") as broker:
-        answers = [broker.call("BLPOP", "none", "0.4") for _ in range(3)]  # each answered 0.4 s after the one before
-        assert await asyncio.gather(*answers) == [None] * 3
+    async with connected(f"{broker_server.url}?socket_timeout=4") as broker:
+        answers = [broker.call("BLPOP", "none", "1") for _ in range(5)]  # each answered 1 s after the one before
+        assert await asyncio.gather(*answers) == [None] * 5
         assert broker.statistics().connect_count == 1
 
 
@@ -376,11 +382,11 @@ async def test_idle_for_longer_than_the_socket_timeout_is_not_an_outage(
     broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("channel_layer.broker_shard.HEARTBEAT_S", 60)
-    async with connected(f"{broker_server.url}?socket_timeout=0.1") as broker:
+    async with connected(f"{broker_server.url}?socket_timeout=3") as broker:
         changes = Changes(broker)
         await broker.call("PING")
         with pytest.raises(TimeoutError):
-            await changes.wait(1, timeout_s=0.5)
+            await changes.wait(1, timeout_s=3.5)
         assert await broker.call("PING") == b"PONG"
 
 
@@ -399,12 +405,13 @@ async def test_reconnecting_goes_on_and_waits_a_second_at_most(broker_server: Br
 
 
 async def test_flushall_is_noticed_within_3_s_and_by_every_process(any_broker_server: BrokerServer) -> None:
+    assert broker_shard.HEARTBEAT_S < 3  # by which it is noticed; the machine may take longer
     async with connected(any_broker_server.url) as one, connected(any_broker_server.url) as other:
         changes = Changes(one), Changes(other)
         generation = await one.call("GET", "trunkline:generation")
         await one.call("FLUSHALL")
         for each in changes:
-            await each.wait(1, timeout_s=3)
+            await each.wait(1)
             assert each.seen == [RESTORED_EMPTY]
         await until(lambda: generation_of(one) is not None and generation_of(one) == generation_of(other))
         new_generation = await one.call("GET", "trunkline:generation")
@@ -513,7 +520,8 @@ async def test_no_such_socket_and_no_such_host(broker_server: BrokerServer) -> N
     with pytest.raises(BrokerUnavailable, match="not reachable"):
         await Broker(f"unix://{broker_server.directory}/none.sock", client_name="test").connect()
     with pytest.raises(BrokerUnavailable, match="not reachable"):
-        await Broker("redis://no-such-host.invalid", client_name="test").connect()
+        # The resolver may take its time, and then says so.
+        await Broker("redis://no-such-host.invalid?socket_connect_timeout=60", client_name="test").connect()
 
 
 async def test_connect_may_be_tried_again(broker_server: BrokerServer) -> None:
@@ -632,6 +640,7 @@ async def test_a_policy_that_changed_during_an_outage_keeps_the_broker_away(
             client.config_set("maxmemory-policy", "allkeys-lru")
             client.client_kill_filter(skipme=True)
         await changes.wait(1)
+        await until(lambda: "ERROR" in [record.levelname for record in caplog.records])
         with pytest.raises(BrokerUnavailable, match="noeviction"):
             await broker.wait_reachable(1.0)
         assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
@@ -742,9 +751,14 @@ async def test_client_names_show_in_client_list_and_are_checked(broker_server: B
 
 
 async def test_time_ms_is_the_brokers_clock(broker_server: BrokerServer) -> None:
+    began = time.monotonic()
     async with connected(broker_server.url) as broker:
+        # The estimate is as good as the way to the broker was quick.
+        slack_ms = (time.monotonic() - began) * 1000 + 100
+        asked_ms = broker.time_ms("any")
         seconds, microseconds = await broker.call("TIME")
-        assert abs(broker.time_ms("any") - (int(seconds) * 1000 + int(microseconds) / 1000)) < 100
+        broker_ms = int(seconds) * 1000 + int(microseconds) / 1000
+        assert asked_ms - slack_ms <= broker_ms <= broker.time_ms("any") + slack_ms
 
 
 async def test_a_late_answer_to_time_does_not_spoil_the_estimate(broker_server: BrokerServer) -> None:
@@ -774,7 +788,7 @@ async def test_a_clock_that_jumps_ahead_is_lost_data_and_one_that_is_set_back_is
         await until(lambda: abs(broker.time_ms("any") - time.time() * 1000) < 1000)
         assert changes == []
         broker.shards[0]._clock_offset_ms -= 3_600_000
-        await until(lambda: changes, 3.0)
+        await until(lambda: changes)
         assert changes == [RESTORED_EMPTY]
 
 
@@ -792,13 +806,14 @@ async def test_pop_takes_up_to_count_elements_of_the_first_list_that_has_any(any
         assert reader.statistics().element_count == 6
 
 
-async def test_an_idle_pop_outlives_the_socket_timeout(any_broker_server: BrokerServer) -> None:
+async def test_an_idle_pop_outlives_the_socket_timeout(
+    any_broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """redis-py's default socket timeout of 5 s ends an idle receive() of channels_redis."""
-    async with connected(f"{any_broker_server.url}?socket_timeout=1") as broker:
+    monkeypatch.setattr(blocking_reader, "BLOCK_S", 5.5)
+    async with connected(f"{any_broker_server.url}?socket_timeout=3") as broker:
         reader = broker.open_reader()
-        started = time.monotonic()
-        while time.monotonic() - started < 5.5:
-            assert await reader.pop(["list"], 1) is None
+        assert await reader.pop(["list"], 1) is None
         assert reader.restored_count == 0
         await broker.call("RPUSH", "list", "x")
         assert await reader.pop(["list"], 1) == ("list", [b"x"])
@@ -814,7 +829,7 @@ async def test_a_cancelled_pop_takes_nothing(any_broker_server: BrokerServer) ->
         pop.cancel()
         with pytest.raises(asyncio.CancelledError):
             await pop
-        assert time.monotonic() - started < 1.8  # not the 2 s of the block
+        assert time.monotonic() - started < blocking_reader.BLOCK_S / 2  # not all the time of the block
         await broker.call("RPUSH", "list", "x")
         assert await broker.call("LLEN", "list") == 1
         assert await reader.pop(["list"], 1) == ("list", [b"x"])
@@ -869,10 +884,16 @@ async def test_cancelling_under_racing_pushes_loses_nothing_and_keeps_the_order(
         reader = broker.open_reader()
         received: list[int] = []
 
+        sent = 0
+
+        def is_enough() -> bool:
+            statistics = reader.statistics()
+            return statistics.cancelled_count > 50 and statistics.pushed_back_count > 10
+
         async def push() -> None:
-            sent = 0
-            while sent < message_count:
-                portion = range(sent, min(sent + chance.randint(1, 4), message_count))
+            nonlocal sent
+            while sent < message_count or not is_enough():
+                portion = range(sent, sent + chance.randint(1, 4))
                 await pusher.call("RPUSH", "list", *portion)
                 sent = portion.stop
                 await asyncio.sleep(chance.random() * 0.002)
@@ -889,11 +910,9 @@ async def test_cancelling_under_racing_pushes_loses_nothing_and_keeps_the_order(
                 assert popped is not None
                 received += map(int, popped[1])
         await pushing
-        assert received == list(range(message_count))
-        statistics = reader.statistics()
-        assert statistics.cancelled_count > 50
-        assert statistics.pushed_back_count > 10
-        assert statistics.lost_count == 0
+        assert received == list(range(sent))
+        assert is_enough()
+        assert reader.statistics().lost_count == 0
 
 
 @on_both_loops
@@ -942,7 +961,7 @@ async def test_a_second_cancel_does_not_stop_the_pushing_back(broker_server: Bro
 
 
 async def test_elements_that_cannot_be_pushed_back_are_counted_as_lost(
-    broker_server: BrokerServer, caplog: pytest.LogCaptureFixture
+    broker_server: BrokerServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with connected(broker_server.url) as broker:
         reader = await open_and_connect(broker)
@@ -956,6 +975,7 @@ async def test_elements_that_cannot_be_pushed_back_are_counted_as_lost(
                 await pop
         assert reader.statistics().lost_count == 3
         assert "3 messages of list were lost" in caplog.text
+        monkeypatch.setattr(blocking_reader, "BLOCK_S", 0.5)
         assert await reader.pop(["list"], 1) is None
 
 
@@ -983,8 +1003,11 @@ async def test_a_ghost_eats_nothing(any_broker_server: BrokerServer) -> None:
         assert reader.statistics().killed_ghost_count == 1
 
 
-async def test_a_ghost_that_may_not_be_killed_is_outlived(broker_server: BrokerServer) -> None:
+async def test_a_ghost_that_may_not_be_killed_is_outlived(
+    broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A user without the right to CLIENT KILL: reading stops for the time of one read, not for ever."""
+    monkeypatch.setattr(blocking_reader, "BLOCK_S", 4.0)
     async with BrokerProxy(broker_server.socket_path) as proxy, connected(proxy.url) as broker:
         reader = broker.open_reader()
         pop = asyncio.ensure_future(reader.pop(["list"], 1))
@@ -1002,7 +1025,7 @@ async def test_a_ghost_that_may_not_be_killed_is_outlived(broker_server: BrokerS
             assert len(ghost) == 1
             await broker.wait_reachable(5)
             pop = asyncio.ensure_future(reader.pop(["list"], 1))
-            await until(lambda: blocked() and not blocked() & ghost)
+            await until(lambda: blocked() and not blocked() & ghost, 60.0)
             client.rpush("list", "x")
         assert await pop == ("list", [b"x"])
 
@@ -1012,7 +1035,7 @@ async def test_a_cancelled_read_that_is_never_answered_is_given_up_and_its_ghost
 ) -> None:
     async with (
         BrokerProxy(broker_server.socket_path) as proxy,
-        connected(f"{proxy.url}?socket_timeout=0.5") as broker,
+        connected(f"{proxy.url}?socket_timeout=3") as broker,
     ):
         reader = broker.open_reader()
         pop = asyncio.ensure_future(reader.pop(["list"], 1))
@@ -1022,7 +1045,7 @@ async def test_a_cancelled_read_that_is_never_answered_is_given_up_and_its_ghost
         with pytest.raises(asyncio.CancelledError):
             await pop
         proxy.is_deaf = False
-        await broker.wait_reachable(5)
+        await broker.wait_reachable(30)
         await broker.call("RPUSH", "list", "x")
         assert await reader.pop(["list"], 1) == ("list", [b"x"])
         assert reader.restored_count == 1
@@ -1057,7 +1080,9 @@ async def test_after_a_restart_no_stranger_is_killed(broker_server: BrokerServer
         assert changes.seen == [LOST, RESTORED_EMPTY]
 
 
-async def test_pop_during_an_outage_fails_and_does_not_spin(broker_server: BrokerServer) -> None:
+async def test_pop_during_an_outage_fails_and_does_not_spin(
+    broker_server: BrokerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with connected(broker_server.url) as broker:
         reader = broker.open_reader()
         changes = Changes(broker)
@@ -1070,6 +1095,7 @@ async def test_pop_during_an_outage_fails_and_does_not_spin(broker_server: Broke
                 await reader.pop(["list"], 1)
             failure_count += 1
         assert failure_count <= 2
+        monkeypatch.setattr(blocking_reader, "RECONNECT_WAIT_S", 60.0)  # the next one waits until the broker is back
         broker_server.start()
         pop = asyncio.ensure_future(reader.pop(["list"], 1))
         await broker.wait_reachable(5)
@@ -1105,13 +1131,11 @@ async def test_a_reader_that_only_ever_reaches_a_replica_does_not_spin(
         async with connected(broker_server.url) as broker:
             reader = broker.open_reader()
             broker.shards[0].address = parse_broker_url(replica.url)
-            failure_count = 0
             started = time.monotonic()
-            while time.monotonic() - started < 1.0:
+            for _ in range(6):
                 with pytest.raises(BrokerUnavailable, match="READONLY"):
                     await reader.pop(["list"], 1)
-                failure_count += 1
-            assert 3 < failure_count < 10
+            assert time.monotonic() - started > 1.4  # the waits between the tries: 0.1, 0.2, 0.4 and 0.8 s
 
 
 async def test_a_key_of_another_type_is_an_error_and_the_reader_goes_on(broker_server: BrokerServer) -> None:

@@ -60,8 +60,11 @@ def test_a_failover_of_sentinels_is_waited_for(sentinels: SentinelServers) -> No
         assert length(sentinels.replica, "work") >= 1
 
 
-def test_a_demoted_master_refuses_and_the_new_one_gets_the_message(sentinels: SentinelServers) -> None:
-    with Publisher(sentinels.url, socket_timeout_s=PATIENCE_S) as publisher:
+def test_a_demoted_master_refuses_and_the_new_one_gets_the_message(valkey_program: str) -> None:
+    with (
+        SentinelServers(valkey_program, down_after_ms=60_000) as sentinels,  # no failover but the one asked for
+        Publisher(sentinels.url, socket_timeout_s=PATIENCE_S) as publisher,
+    ):
         publisher.send("work", {"type": "x"})
         with sentinels.sentinels[0].client() as client:
             client.execute_command("SENTINEL", "FAILOVER", sentinels.NAME)
@@ -78,7 +81,9 @@ def test_a_demoted_master_refuses_and_the_new_one_gets_the_message(sentinels: Se
 
 
 def test_passwords(valkey_program: str) -> None:
-    with SentinelServers(valkey_program, password="masters", sentinel_password="theirs") as servers:
+    with SentinelServers(
+        valkey_program, password="masters", sentinel_password="theirs", down_after_ms=60_000
+    ) as servers:
         with Publisher(servers.url) as publisher:
             publisher.send("work", {"type": "x"})
             assert "theirs" not in repr(publisher)

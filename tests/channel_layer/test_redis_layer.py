@@ -353,7 +353,8 @@ def run_script(text: str, server: BrokerServer) -> subprocess.CompletedProcess[s
 
 
 SCRIPT_THAT_EXITS = """
-import sys, asyncio
+import sys, asyncio, logging
+logging.getLogger("asyncio").setLevel(logging.ERROR)  # -X dev warns of calls that took 0.1 s, which any may
 from asgiref.sync import async_to_sync
 from channel_layer import get_channel_layer
 layer = get_channel_layer()

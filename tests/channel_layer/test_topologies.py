@@ -30,6 +30,9 @@ from tests.servers import BrokerServer, ClusterServers, SentinelServers, shards,
 # From the moment that the new master is there: the promise is one second; a machine that has few processors for all
 # the servers and clients of a test, and for other tests, needs more.
 RESUME_S = 10.0
+# What has nothing to do with a shard that is away. Less than the socket timeout, 5 s, for which one that hangs would
+# be waited for; more than a busy machine needs.
+UNTOUCHED_S = 4.0
 
 
 # The contract, on servers that all its tests share
@@ -37,13 +40,14 @@ RESUME_S = 10.0
 
 @pytest.fixture(scope="module", params=["shards", "sentinels", "cluster"])
 def shared_url(request: pytest.FixtureRequest, valkey_program: str) -> Iterator[str]:
+    """None of them takes a server for dead that a busy machine does not let run for a moment."""
     with contextlib.ExitStack() as stack:
         if request.param == "shards":
             yield url_of(stack.enter_context(shards(valkey_program, 3)))
         elif request.param == "sentinels":
-            yield stack.enter_context(SentinelServers(valkey_program)).url
+            yield stack.enter_context(SentinelServers(valkey_program, down_after_ms=60_000)).url
         else:
-            yield stack.enter_context(ClusterServers(valkey_program, replicas=False)).url
+            yield stack.enter_context(ClusterServers(valkey_program, replicas=False, node_timeout_ms=15_000)).url
 
 
 @pytest.fixture
@@ -142,10 +146,10 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def started_on(url: str, role: str, number: int, count: int = 2) -> AsyncIterator[Any]:
+async def started_on(url: str, role: str, number: int, count: int = 2, **options: Any) -> AsyncIterator[Any]:
     """A process whose inbox is on the shard with this number."""
     while True:
-        layer = RedisProcessLayer(url, role=role)  # type: ignore[arg-type]
+        layer = RedisProcessLayer(url, role=role, **options)  # type: ignore[arg-type]
         if static_shard(Keys().mail(layer.process_id), count) == number:
             break
     heard = RecordingListener()
@@ -172,8 +176,8 @@ async def test_what_lives_on_one_shard_pauses_and_nothing_else(two: list[BrokerS
         two[1].kill()
         await at_there.until(lambda: at_there.broker == [False])
         for _ in range(3):
-            assert await to_here.flows() < 1.0
-            assert await from_here.flows() < 1.0
+            assert await to_here.flows() < UNTOUCHED_S
+            assert await from_here.flows() < UNTOUCHED_S
         stuck_at = len(to_there.received)
         assert interface.broker_reachable
         assert not there.broker_reachable
@@ -202,7 +206,7 @@ async def test_a_shard_that_hangs_holds_up_nothing_of_the_others(two: list[Broke
     groups = {static_shard(Keys().group(f"room{n}"), 2): f"room{n}" for n in range(20)}
     async with (
         started_on(url, "interface", 0) as (interface, at_interface),
-        started_on(url, "worker", 0) as (worker, at_worker),
+        started_on(url, "worker", 0, outage_wait_s=PATIENCE_S) as (worker, at_worker),
         started_on(url, "worker", 1) as (_, at_there),
         Stream(worker, interface, at_interface) as stream,
     ):
@@ -214,8 +218,8 @@ async def test_a_shard_that_hangs_holds_up_nothing_of_the_others(two: list[Broke
         try:
             slow = asyncio.create_task(worker.group_send(groups[1], {"type": "websocket.send", "text": "slow"}))
             while time.monotonic() - stopped_at < 8:
-                assert await stream.flows() < 1.0
-                async with asyncio.timeout(1.0):
+                assert await stream.flows() < UNTOUCHED_S
+                async with asyncio.timeout(UNTOUCHED_S):
                     await worker.group_send(groups[0], {"type": "websocket.send", "text": "quick"})
                 await asyncio.sleep(0.05)
             assert not slow.done()

@@ -13,7 +13,7 @@ def run(program):
     code = "import asyncio, logging, sys\nlogging.basicConfig(format='%(levelname)s %(name)s %(message)s')\n"
     code += "from interface_server import event_loop\n" + textwrap.dedent(program)
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
 
 

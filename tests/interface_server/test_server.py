@@ -163,7 +163,7 @@ async def serve():
 
 async def test_a_request_and_its_response(serve):
     served = await serve()
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         for _ in range(2):
             response = await client.post(served.http, content=b"hello")
             assert (response.status_code, response.text) == (200, "POST hello")
@@ -189,7 +189,7 @@ async def test_a_websocket_that_echoes_and_hears_its_group(serve):
 
 async def test_server_sent_events_of_a_group(serve):
     served = await serve()
-    async with httpx.AsyncClient() as client, client.stream("GET", f"{served.http}/later") as response:
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("GET", f"{served.http}/later") as response:
         chunks = response.aiter_bytes()
         assert await anext(chunks) == b"begun "
         channel = served.layer.openings[1].reply_channel
@@ -202,13 +202,13 @@ async def test_server_sent_events_of_a_group(serve):
 
 async def test_no_worker_in_time_is_503(serve):
     served = await serve(queue_timeout_s=0.2)
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:
         assert (await client.get(f"{served.http}/nobody")).status_code == 503
 
 
 async def test_a_dead_worker_is_502_before_the_response_and_1012_for_a_websocket(serve):
     served = await serve()
-    async with httpx.AsyncClient() as client, websockets.connect(f"{served.websocket}/ws") as socket_:
+    async with httpx.AsyncClient(timeout=60) as client, websockets.connect(f"{served.websocket}/ws") as socket_:
         request = asyncio.create_task(client.post(f"{served.http}/silent"))  # a GET would run again
         await served.layer.until(lambda: any(event["type"] == "http.request" for _, event in served.layer.received))
         served.layer.listener.peer_ended(WORKER, "killed")
@@ -219,8 +219,8 @@ async def test_a_dead_worker_is_502_before_the_response_and_1012_for_a_websocket
 
 
 async def test_stop_closes_websockets_and_lets_a_request_finish(serve):
-    served = await serve(drain_timeout_s=5)
-    async with httpx.AsyncClient() as client, websockets.connect(f"{served.websocket}/ws") as socket_:
+    served = await serve(drain_timeout_s=60)
+    async with httpx.AsyncClient(timeout=60) as client, websockets.connect(f"{served.websocket}/ws") as socket_:
         async with client.stream("GET", f"{served.http}/later") as response:
             assert response.status_code == 200
             stopping = asyncio.create_task(served.server.stop(asyncio.Event()))
@@ -241,7 +241,7 @@ async def test_stop_closes_websockets_and_lets_a_request_finish(serve):
 @pytest.mark.parametrize("second_signal", [False, True])
 async def test_stop_cuts_a_request_that_does_not_finish(serve, second_signal):
     served = await serve(drain_timeout_s=60 if second_signal else 0.1)
-    async with httpx.AsyncClient() as client, client.stream("GET", f"{served.http}/later") as response:
+    async with httpx.AsyncClient(timeout=60) as client, client.stream("GET", f"{served.http}/later") as response:
         at_once = asyncio.Event()
         stopping = asyncio.create_task(served.server.stop(at_once))
         if second_signal:
@@ -273,7 +273,7 @@ def start_process(settings, **keywords):
 
 def one_line_and_status(settings, **keywords):
     process = start_process(settings, **keywords)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     (line,) = errors.splitlines()
     return line, process.returncode
 
@@ -329,9 +329,9 @@ def test_ready_is_told_and_a_signal_ends_it_cleanly(broker, tmp_path):
     with os.fdopen(read_end) as pipe:
         assert pipe.readline().startswith("process i")
         assert pipe.readline() == f"ready unix:{uds}\n"
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds))) as client:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(uds)), timeout=60) as client:
         assert client.get("http://localhost/").status_code == 503, "there is no worker"
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
     assert not uds.exists()

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 
 
 class Command:

@@ -202,7 +202,9 @@ async def test_whatever_happens_to_the_broker_nothing_is_lost_doubled_reordered_
     seed = int(os.environ.get("TRUNKLINE_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
     story, latencies = Story(), Latencies()
     story.tell(f"seed {seed}: TRUNKLINE_CHAOS_SEED={seed} repeats the events")
-    flags = ("--redis", broker_server.url, "--interfaces", "2", "--workers", "2", "--no-access-log")
+    # Two events in a row, between which nothing got through, may take longer than the 5 s that a request waits.
+    waits = ("--broker-wait", "20")
+    flags = ("--redis", broker_server.url, "--interfaces", "2", "--workers", "2", "--no-access-log", *waits)
     with Served(APP, *flags) as served:
         try:
             await run_chaos(served, broker_server, random.Random(seed), story, latencies)

@@ -20,7 +20,8 @@ LIFESPAN_APP = """
 import os
 
 async def application(scope, receive, send):
-    print("called for", scope["type"], os.getpid(), flush=True)
+    # In one write: other processes share the pipe.
+    os.write(1, f"called for {scope['type']} {os.getpid()}\\n".encode())
     if scope["type"] == "lifespan":
         raise RuntimeError("no lifespan here")
     await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -42,7 +43,7 @@ def mounted():
 
 
 def test_the_path_includes_the_root_path(mounted):
-    scope = scope_of(httpx.get(mounted.url + "/scope"))
+    scope = scope_of(httpx.get(mounted.url + "/scope", timeout=60))
     assert (scope["root_path"], scope["path"]) == ("/mounted", "/mounted/scope")
     assert scope["raw_path"] == b"/mounted/scope"
     with connect(mounted.ws_url + "/scope") as client:
@@ -52,7 +53,10 @@ def test_the_path_includes_the_root_path(mounted):
 
 def test_no_client_can_say_where_the_application_is_mounted(mounted):
     for name in ("Daphne-Root-Path", "Root-Path", "X-Forwarded-Prefix", "Script-Name"):
-        assert scope_of(httpx.get(mounted.url + "/scope", headers={name: "/evil"}))["root_path"] == "/mounted"
+        assert (
+            scope_of(httpx.get(mounted.url + "/scope", headers={name: "/evil"}, timeout=60))["root_path"]
+            == "/mounted"
+        )
 
 
 # Behind a proxy: H4, H10, W4, W5
@@ -62,14 +66,14 @@ FORWARDED = {"X-Forwarded-For": "203.0.113.9, 192.0.2.1", "X-Forwarded-Proto": "
 
 def test_a_trusted_proxy_names_scheme_and_client():
     with Served(APP, "--forwarded-allow-ips", "127.0.0.1,192.0.2.0/24", "--no-access-log") as running:
-        scope = scope_of(httpx.get(running.url + "/scope", headers=FORWARDED))
+        scope = scope_of(httpx.get(running.url + "/scope", headers=FORWARDED, timeout=60))
         assert (scope["scheme"], scope["client"]) == ("https", ("203.0.113.9", 0))
         assert "tls" not in scope["extensions"]  # T1: that is about our socket
         with connect(running.ws_url + "/scope", additional_headers=FORWARDED) as client:
             scope = ast.literal_eval(client.recv(timeout=60))
         assert (scope["scheme"], scope["client"]) == ("wss", ("203.0.113.9", 0))
     with Served(APP, "--forwarded-allow-ips", "192.0.2.7", "--no-access-log") as running:
-        scope = scope_of(httpx.get(running.url + "/scope", headers=FORWARDED))
+        scope = scope_of(httpx.get(running.url + "/scope", headers=FORWARDED, timeout=60))
         assert (scope["scheme"], scope["client"][0]) == ("http", "127.0.0.1")
 
 
@@ -99,7 +103,7 @@ def failing_app(tmp_path):
 
 def test_without_a_flag_an_application_without_lifespan_is_served(failing_app):
     with Served(*failing_app) as running:
-        assert httpx.get(running.url).text == "served"
+        assert httpx.get(running.url, timeout=60).text == "served"
         running.wait_for("called for lifespan")
 
 
@@ -112,7 +116,7 @@ def test_lifespan_on_makes_its_failure_fatal(failing_app):
 
 def test_lifespan_off_calls_nothing(failing_app):
     with Served(*failing_app, "--lifespan", "off") as running:
-        assert httpx.get(running.url).text == "served"
+        assert httpx.get(running.url, timeout=60).text == "served"
         assert "called for lifespan" not in running.output
 
 
@@ -129,7 +133,7 @@ def test_each_worker_has_a_lifespan_and_a_new_one_when_it_is_replaced(failing_ap
 
 @pytest.fixture(scope="module")
 def impatient():
-    flags = ("--application-close-timeout", "1", "--ws-ping-interval", "1", "--ws-ping-timeout", "1")
+    flags = ("--application-close-timeout", "1", "--ws-ping-interval", "1", "--ws-ping-timeout", "4")
     with Served(APP, *flags, "--no-access-log") as running:
         yield running
 
@@ -141,8 +145,8 @@ def test_an_application_that_stays_behind_its_client_is_cancelled(impatient, tar
     target += ("&" if "?" in target else "?") + f"key={key}"
     with socket.create_connection(("127.0.0.1", impatient.port), 15) as client:
         client.sendall(f"POST {target} HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nab".encode())
-        wait_until(lambda: key in httpx.get(impatient.url + "/keys").text, 30, "the instance runs")
-    begun = time.monotonic()
+        wait_until(lambda: key in httpx.get(impatient.url + "/keys", timeout=60).text, 30, "the instance runs")
+        begun = time.monotonic()
     answer = httpx.get(f"{impatient.url}/record?key={key}", timeout=60)
     assert ast.literal_eval(answer.text)[-1] == "cancelled"
     assert time.monotonic() - begun > 0.5
@@ -162,7 +166,7 @@ def test_a_websocket_client_that_answers_no_ping_is_closed(impatient):
 
 def test_a_websocket_client_that_answers_pings_stays(impatient):
     with connect(impatient.ws_url + "/echo") as client:
-        time_up = time.monotonic() + 4  # four pings, each of them with a second to answer
+        time_up = time.monotonic() + 7  # the first ping would have been missed by then
         while time.monotonic() < time_up:
             client.send("x")
             assert client.recv(timeout=60) == "x"

@@ -99,14 +99,14 @@ def test_sessions_and_login(kind, request):
 @pytest.mark.parametrize("kind", ["site", "wsgi"])
 def test_static_files(kind, request):
     served = request.getfixturevalue(kind)
-    page = httpx.get(served.url + "/").text
+    page = httpx.get(served.url + "/", timeout=60).text
     path = re.search(r'href="(/static/board/[^"]+\.css)"', page).group(1)
-    answer = httpx.get(served.url + path)
+    answer = httpx.get(served.url + path, timeout=60)
     assert answer.headers["content-type"] == 'text/css; charset="utf-8"'
     assert answer.text == (SITE / "board/static/board/board.css").read_text("utf-8")
     modified = {"If-Modified-Since": answer.headers["last-modified"]}
-    assert httpx.get(served.url + path, headers=modified).status_code == 304
-    part = httpx.get(served.url + path, headers={"Range": "bytes=0-3"})
+    assert httpx.get(served.url + path, headers=modified, timeout=60).status_code == 304
+    part = httpx.get(served.url + path, headers={"Range": "bytes=0-3"}, timeout=60)
     assert (part.status_code, part.text) == (206, "body")
 
 

@@ -12,7 +12,7 @@ from websockets.sync.client import connect
 
 from channel_layer import Publisher, RedisChannelLayer
 from channel_layer.home import close_homes
-from tests.system.processes import Command, Served, children_of
+from tests.system.processes import Command, Served, children_of, wait_until
 
 APP = "tests.system.applications:application"
 # What may not show. Everything that the test says contains one of them.
@@ -95,6 +95,9 @@ def test_nothing_readable_goes_through_the_broker(broker_server, keys):
             assert "a key of the tests" not in command
         assert served.stop() == 0
         assert "decrypt" not in served.output
+        with broker_server.client() as client:
+            client.echo("that is all")
+        wait_until(lambda: b"that is all" in spy.seen, 60, "the spy has seen everything")
     assert len(spy.seen) > 200_000
     assert [secret for secret in SECRETS if secret in spy.seen] == ([] if keys else SECRETS)
 

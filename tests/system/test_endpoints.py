@@ -38,11 +38,11 @@ def test_tcp_ssl_and_unix_beside_a_port(authority, tmp_path, interfaces):
         context = ssl.create_default_context(cafile=authority.path)
         for _ in range(5):
             for port in (served.port, plain):
-                scope = httpx.get(f"http://127.0.0.1:{port}/scope").json()
+                scope = httpx.get(f"http://127.0.0.1:{port}/scope", timeout=60).json()
                 assert (scope["scheme"], scope["server"]) == ("http", ["127.0.0.1", port])
-            scope = httpx.get(f"https://localhost:{tls}/scope", verify=context).json()
+            scope = httpx.get(f"https://localhost:{tls}/scope", verify=context, timeout=60).json()
             assert (scope["scheme"], scope["server"][1]) == ("https", tls)
-            with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), timeout=60) as client:
                 assert client.get("http://x/scope").json()["server"] == [str(path), None]
         assert path.stat().st_mode & 0o777 == 0o600
         assert f"http://127.0.0.1:{plain} and https://127.0.0.1:{tls} and unix:{path}" in served.output
@@ -165,7 +165,7 @@ def test_endpoints_alone_take_the_place_of_the_default_address():
     port = free_port()
     with Command("serve", APP, "-e", f"tcp:{port}:interface=127.0.0.1") as served:
         served.wait_for(rf"serves \S+ on http://127\.0\.0\.1:{port} \(Ctrl-C")
-        assert httpx.get(f"http://127.0.0.1:{port}/").text == "hello"
+        assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text == "hello"
 
 
 def test_in_the_environment():
@@ -174,7 +174,7 @@ def test_in_the_environment():
     with Command("serve", APP, env={"TRUNKLINE_ENDPOINT": endpoints}) as served:
         served.wait_for("Ctrl-C")
         for port in ports:
-            assert httpx.get(f"http://127.0.0.1:{port}/").text == "hello"
+            assert httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text == "hello"
 
 
 def test_certificates_of_endpoints_are_read_again(authority, tmp_path):
@@ -239,7 +239,7 @@ def test_sockets_of_systemd():
             for line in process.stdout:
                 if "Ctrl-C" in line:
                     break
-            assert [httpx.get(f"http://127.0.0.1:{port}/").text for port in ports] == ["hello", "hello"]
+            assert [httpx.get(f"http://127.0.0.1:{port}/", timeout=60).text for port in ports] == ["hello", "hello"]
         finally:
             process.terminate()
             process.communicate(timeout=60)

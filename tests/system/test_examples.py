@@ -16,13 +16,13 @@ from tests.system.processes import ROOT, Served
 
 def test_hello():
     with Served("examples.hello:application") as served:
-        assert httpx.get(served.url).text == "Hello, world!\n"
+        assert httpx.get(served.url, timeout=60).text == "Hello, world!\n"
 
 
 @pytest.mark.parametrize(("name", "who"), [("closure", "a closure"), ("partial", "a partial"), ("Class", "a class")])
 def test_asgi2(name, who):
     with Served(f"examples.asgi2:{name}") as served:
-        assert httpx.get(served.url + "/x").text == f"Hello from {who}, you asked for /x\n"
+        assert httpx.get(served.url + "/x", timeout=60).text == f"Hello from {who}, you asked for /x\n"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,10 @@ def starlette():
 class TestStarlette:
     def test_a_request_tells_everything(self, starlette):
         answer = httpx.put(
-            starlette.url + "/?a=1&b=%C3%BC", headers={"x-thing": "yes", "cookie": "c=d; e=f"}, content=b"ignored"
+            starlette.url + "/?a=1&b=%C3%BC",
+            headers={"x-thing": "yes", "cookie": "c=d; e=f"},
+            content=b"ignored",
+            timeout=60,
         ).json()
         assert answer["method"] == "PUT"
         assert answer["url"] == starlette.url + "/?a=1&b=%C3%BC"
@@ -47,27 +50,32 @@ class TestStarlette:
     def test_bodies(self, starlette):
         data = os.urandom(1_000_000)
         digest = hashlib.sha256(data).hexdigest()
-        assert httpx.post(starlette.url + "/body", content=data).text == digest
+        assert httpx.post(starlette.url + "/body", content=data, timeout=60).text == digest
         chunks = (data[start : start + 7777] for start in range(0, len(data), 7777))
-        assert httpx.post(starlette.url + "/stream", content=chunks).json() == {"bytes": len(data), "sha256": digest}
-        assert httpx.post(starlette.url + "/json", json={"a": [1, None]}).json() == {"received": {"a": [1, None]}}
+        assert httpx.post(starlette.url + "/stream", content=chunks, timeout=60).json() == {
+            "bytes": len(data),
+            "sha256": digest,
+        }
+        assert httpx.post(starlette.url + "/json", json={"a": [1, None]}, timeout=60).json() == {
+            "received": {"a": [1, None]}
+        }
 
     def test_forms(self, starlette):
-        assert httpx.post(starlette.url + "/form", data={"name": "Ada"}).json() == {"name": "Ada"}
+        assert httpx.post(starlette.url + "/form", data={"name": "Ada"}, timeout=60).json() == {"name": "Ada"}
         files = {"upload": ("notes.txt", b"x" * 300_000)}
-        assert httpx.post(starlette.url + "/form", files=files, data={"a": "b"}).json() == {
+        assert httpx.post(starlette.url + "/form", files=files, data={"a": "b"}, timeout=60).json() == {
             "a": "b",
             "upload": {"file": "notes.txt", "bytes": 300_000},
         }
 
     def test_a_streamed_response(self, starlette):
-        assert httpx.get(starlette.url + "/countdown/5").text == "5\n4\n3\n2\n1\n"
+        assert httpx.get(starlette.url + "/countdown/5", timeout=60).text == "5\n4\n3\n2\n1\n"
 
     def test_server_sent_events(self, starlette):
         with httpx.stream("GET", starlette.url + "/events", timeout=60) as answer:
             lines = answer.iter_lines()
             assert next(lines) == ": welcome"
-            assert httpx.post(starlette.url + "/events", content="one\ntwo").status_code == 200
+            assert httpx.post(starlette.url + "/events", content="one\ntwo", timeout=60).status_code == 200
             assert [next(lines) for _ in range(3)] == ["", "data: one", "data: two"]
 
     def test_websocket(self, starlette):
@@ -78,9 +86,9 @@ class TestStarlette:
 
 def test_chat_and_publish():
     with Served("chat:application", "--app-dir", "examples/chat", "--workers", "2") as served:
-        assert "<title>Chat</title>" in httpx.get(served.url).text
-        assert httpx.get(served.url + "/chat.js").headers["content-type"].startswith("text/javascript")
-        assert httpx.get(served.url + "/../secret").status_code == 404
+        assert "<title>Chat</title>" in httpx.get(served.url, timeout=60).text
+        assert httpx.get(served.url + "/chat.js", timeout=60).headers["content-type"].startswith("text/javascript")
+        assert httpx.get(served.url + "/../secret", timeout=60).status_code == 404
         url = served.ws_url + "/rooms/lobby?name={0}&id={0}"
         with connect(url.format("ada")) as ada:
             read(ada, "here", "ada")

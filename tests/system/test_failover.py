@@ -31,7 +31,7 @@ OUTAGE_S = 8
 # What does not pass through the lost shard is answered as ever.
 ANSWER_S = 5
 # Connections until one is served by a wanted pair of processes: of four by four, one pair is wanted at the worst.
-TRIES = 100
+TRIES = 200
 
 
 class Load:
@@ -142,7 +142,7 @@ async def test_a_failover_in_a_cluster_is_a_pause(valkey_program, how):
                 victim = servers.owner_of(queue)
                 getattr(victim, how)()
                 try:
-                    await asyncio.to_thread(wait_until, lambda: servers.owner_of(queue) is not victim, 30, "failover")
+                    await asyncio.to_thread(wait_until, lambda: servers.owner_of(queue) is not victim, 60, "failover")
                     assert await served_again(client, url) < RESUME_S
                     await load.answers(5 * SOCKETS)
                 finally:

@@ -54,13 +54,13 @@ async def talk(websocket: WebSocket, room: str):
 def test_fastapi(tmp_path):
     (tmp_path / "main.py").write_text(FASTAPI)
     with Served("main:app", cwd=tmp_path) as served:
-        answer = httpx.post(served.url + "/items/7?user=ada", json={"name": "x", "price": 1.5})
+        answer = httpx.post(served.url + "/items/7?user=ada", json={"name": "x", "price": 1.5}, timeout=60)
         assert answer.json() == {"number": 7, "item": {"name": "x", "price": 1.5}, "user": "ada"}
-        assert httpx.post(served.url + "/items/x", json={}).status_code == 422
-        assert httpx.get(served.url + "/sync").json() == {"from": "a thread"}
-        upload = httpx.post(served.url + "/upload", files={"file": ("f", b"x" * 500_000)})
+        assert httpx.post(served.url + "/items/x", json={}, timeout=60).status_code == 422
+        assert httpx.get(served.url + "/sync", timeout=60).json() == {"from": "a thread"}
+        upload = httpx.post(served.url + "/upload", files={"file": ("f", b"x" * 500_000)}, timeout=60)
         assert upload.json() == {"name": "f", "size": 500_000}
-        assert httpx.get(served.url + "/openapi.json").json()["info"]["title"] == "FastAPI"
+        assert httpx.get(served.url + "/openapi.json", timeout=60).json()["info"]["title"] == "FastAPI"
         with connect(served.ws_url + "/ws/kitchen", subprotocols=["chat", "other"]) as client:
             assert client.subprotocol == "chat"
             client.send('{"a": 1}')
@@ -73,7 +73,7 @@ def test_fastapi(tmp_path):
 def test_channels_tutorial(kind):
     """Consumers of one room on two workers; messages from clients, from sync and async views, from a script."""
     with Served("mysite.asgi:application", "--workers", "2", cwd=TUTORIAL) as served, contextlib.ExitStack() as stack:
-        assert "<title>lobby</title>" in httpx.get(served.url + "/chat/lobby/").text
+        assert "<title>lobby</title>" in httpx.get(served.url + "/chat/lobby/", timeout=60).text
         clients = [stack.enter_context(connect(f"{served.ws_url}/ws/{kind}/lobby/")) for _ in range(12)]
 
         def everybody_hears(message):
@@ -83,9 +83,9 @@ def test_channels_tutorial(kind):
         clients[0].send('{"message": "hello"}')
         everybody_hears("hello")
         for number in range(10):  # each call has an event loop of its own
-            assert httpx.get(f"{served.url}/say/lobby/?message=sync{number}").text == "said"
+            assert httpx.get(f"{served.url}/say/lobby/?message=sync{number}", timeout=60).text == "said"
             everybody_hears(f"sync{number}")
-        assert httpx.get(f"{served.url}/say-async/lobby/?message=async").text == "said"
+        assert httpx.get(f"{served.url}/say-async/lobby/?message=async", timeout=60).text == "said"
         everybody_hears("async")
         script = (
             "import os, django; os.environ['DJANGO_SETTINGS_MODULE'] = 'mysite.settings'; django.setup()\n"

@@ -33,7 +33,7 @@ def test_one_send_reaches_members_on_every_interface_server():
         for client in clients:
             assert [client.recv(timeout=60) for _ in range(50)] == [f"script {n}" for n in range(50)]
         # From an HTTP request.
-        assert httpx.post(f"{served.url}/publish?group=room", content="from a request").text == "sent"
+        assert httpx.post(f"{served.url}/publish?group=room", content="from a request", timeout=60).text == "sent"
         for client in clients:
             assert client.recv(timeout=60) == "from a request"
         # And a group ends them all.
@@ -54,7 +54,7 @@ def test_what_each_instance_sends_arrives_in_its_order():
             stack.enter_context(connect(f"{served.ws_url}/consumer", open_timeout=20)) for _ in range(clients_count)
         ]
         for client in clients:
-            assert client.recv(timeout=10) == "joined"
+            assert client.recv(timeout=60) == "joined"
         taken = [[] for _ in clients]
 
         def said(messages):
@@ -63,7 +63,7 @@ def test_what_each_instance_sends_arrives_in_its_order():
         def read(index, until):
             """Read up to what ends the ``until``th message of the group, and the one behind it of the sender."""
             while f"again {until}" not in taken[index] or f"direct {until}" not in taken[index]:
-                message = clients[index].recv(timeout=30)
+                message = clients[index].recv(timeout=60)
                 taken[index].append(message.decode() if isinstance(message, bytes) else message)
 
         for number in range(count):
@@ -74,7 +74,7 @@ def test_what_each_instance_sends_arrives_in_its_order():
                 if index not in deaf or not 20 <= number < 90:
                     read(index, number)
         while f"behind {count - 1}" not in taken[(count - 1) % 2]:
-            taken[(count - 1) % 2].append(clients[(count - 1) % 2].recv(timeout=30))
+            taken[(count - 1) % 2].append(clients[(count - 1) % 2].recv(timeout=60))
 
         for index, messages in enumerate(taken):
             heads = [" ".join(message.split()[:2]) for message in said(messages)]
@@ -110,7 +110,7 @@ def test_membership_ends_with_the_connection_and_leaves_nothing():
 
 def test_server_sent_events_through_a_group():
     with Served(APP) as served, socket.create_connection(("127.0.0.1", served.port)) as client:
-        client.settimeout(10)
+        client.settimeout(60)
         client.sendall(b"GET /sse?group=news HTTP/1.1\r\nHost: x\r\n\r\n")
         received = b""
 

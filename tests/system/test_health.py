@@ -104,7 +104,7 @@ def test_single_processes_answer_for_themselves_and_are_not_ready_while_they_dra
         for port in ports.values():
             wait_until(lambda port=port: is_ready(port), 60, "ready again")
         interface.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: ask(ports["interface"], "/readyz")[0] == 503, 1, "not ready as soon as it drains")
+        wait_until(lambda: ask(ports["interface"], "/readyz")[0] == 503, 10, "not ready as soon as it drains")
         assert ask(ports["interface"], "/readyz")[1]["processes"] == {"interface server": "draining"}
         assert ask(ports["worker"], "/readyz")[0] == 200
         interface.process.send_signal(signal.SIGTERM)  # enough

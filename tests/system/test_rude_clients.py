@@ -28,10 +28,12 @@ MIB = 1024**2
 HEADERS_S, BODY_S, WRITE_S, SLACK_S = 2, 2, 4, 15
 FLAGS = (
     *("--timeout-headers", str(HEADERS_S), "--timeout-body", str(BODY_S), "--timeout-write", str(WRITE_S)),
-    *("--timeout-keep-alive", "2", "--ws-ping-interval", "1", "--ws-ping-timeout", "2", "--no-access-log"),
+    # These two are longer than a machine stalls: the neighbours must not be taken for rude.
+    *("--timeout-keep-alive", "10", "--ws-ping-interval", "1", "--ws-ping-timeout", "10", "--no-access-log"),
 )
-# The longest a neighbour may wait while somebody is rude, on a machine that runs other tests beside.
-NEIGHBOUR_S = 1.5
+# The longest a neighbour may wait while somebody is rude, on a machine that runs other tests beside; once longer,
+# for then the machine may have stood still.
+NEIGHBOUR_S, NEIGHBOUR_S_MAX = 1.5, 10
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"
 UPGRADE = (
     b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
@@ -42,7 +44,7 @@ UPGRADE = (
 @pytest.fixture(scope="module")
 def served():
     with Served(APP, *FLAGS) as running:
-        httpx.get(running.url)
+        httpx.get(running.url, timeout=60)
         yield running
 
 
@@ -53,14 +55,16 @@ def neighbours(served):
         yield watching
     growth.check()
     assert watching.count > 3
-    assert watching.slowest_s < NEIGHBOUR_S
+    *waits_s, longest_s = sorted(watching.waits_s)
+    assert max(waits_s) < NEIGHBOUR_S
+    assert longest_s < NEIGHBOUR_S_MAX
 
 
 class Neighbours:
     def __init__(self, served):
         self.served = served
         self.count = 0
-        self.slowest_s = 0.0
+        self.waits_s = []
         self._stop = threading.Event()
         self._failure = None
         self._thread = threading.Thread(target=self._run)
@@ -94,7 +98,7 @@ class Neighbours:
                     between = time.monotonic()
                     ws.send("hello")
                     assert ws.recv(timeout=60) == "hello"
-                    self.slowest_s = max(self.slowest_s, between - begun, time.monotonic() - between)
+                    self.waits_s += [between - begun, time.monotonic() - between]
                     self.count += 1
         except Exception as error:
             self._failure = error
@@ -125,6 +129,15 @@ def read_to_end(client, timeout_s=30):
     client.settimeout(timeout_s)
     with contextlib.suppress(ConnectionResetError):
         while data := client.recv(65536):
+            received += data
+    return received
+
+
+def read_until(client, end):
+    """Everything up to ``end``, or until the server closes or resets."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while end not in received and (data := client.recv(65536)):
             received += data
     return received
 
@@ -188,11 +201,20 @@ def test_a_body_that_drips(served, neighbours, chunked):
 
 
 def test_a_slow_upload_that_keeps_the_pace_is_served(served, neighbours):
-    with open_socket(served, b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n") as client:
-        for _ in range(20):
-            client.sendall(b"x" * 50)
-            time.sleep(BODY_S / 10)  # the client's pace, not a wait for something
-        assert b'"bytes": 1000' in client.recv(65536)
+    while True:
+        longest_s, last = 0.0, time.monotonic()
+        with open_socket(served, b"POST /upload HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n") as client:
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+                for _ in range(20):
+                    client.sendall(b"x" * 50)
+                    longest_s, last = max(longest_s, time.monotonic() - last), time.monotonic()
+                    time.sleep(BODY_S / 10)  # the client's pace, not a wait for something
+            answer = read_until(client, b"}")
+        if b'"bytes": 1000' in answer:
+            return
+        # The machine stalled: the client did not keep the pace, or the server did not see that it did.
+        neighbours.ask(2)
+        assert max(longest_s, *neighbours.waits_s) > BODY_S / 3, answer
 
 
 def test_a_body_over_http_2_that_drips(served, neighbours):
@@ -269,7 +291,8 @@ def test_a_websocket_that_sends_and_never_reads(served, neighbours):
     frame = b"\x82\xfe\xff\xff\0\0\0\0" + bytes(0xFFFF)
     with DeafClient(served.port, "/echo") as client:
         client.socket.settimeout(1)
-        with contextlib.suppress(TimeoutError):
+        # On a machine that stalls it may be dropped before it has waited so long.
+        with contextlib.suppress(TimeoutError, ConnectionResetError, BrokenPipeError):
             while True:
                 client.socket.sendall(frame)
         wait_for_reset(client.socket, 2 * WRITE_S + SLACK_S)
@@ -295,7 +318,7 @@ def test_pipelined_requests_whose_answers_nobody_reads(served, neighbours):
     with open_socket(served, receive_bytes=4096) as client:
         client.settimeout(2)
         sent = 0
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError, ConnectionResetError, BrokenPipeError):  # as above
             while sent < 64 * MIB:
                 sent += client.send(request * 1000)
         assert sent < 16 * MIB

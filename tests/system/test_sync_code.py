@@ -79,7 +79,7 @@ def test_insensitive_code_shares_the_pool_of_the_loop(plain, view):
 
 def test_context_variables_go_into_threads_and_come_back_and_stay_within_a_request(plain):
     for _ in range(2):
-        assert httpx.get(plain.url + "/context").json() == {
+        assert httpx.get(plain.url + "/context", timeout=60).json() == {
             "before": "unset",
             "there": "of the request",
             "back": "of the thread",
@@ -87,14 +87,14 @@ def test_context_variables_go_into_threads_and_come_back_and_stay_within_a_reque
 
 
 def test_async_to_sync_below_sync_to_async_comes_back_to_the_loop(plain):
-    answer = httpx.get(plain.url + "/around").json()
+    answer = httpx.get(plain.url + "/around", timeout=60).json()
     assert not answer["thread"]["is_main"]
     assert answer["again"] == answer["first"]
 
 
 def test_both_calls_of_asgi_2_run_on_the_loop():
     with Served(f"{APP}:asgi2", "--lifespan", "off") as served:
-        answer = httpx.get(served.url).json()
+        answer = httpx.get(served.url, timeout=60).json()
         assert answer["made"] == answer["run"]
         assert answer["made"]["is_main"]
 
@@ -104,7 +104,7 @@ def test_sync_views_of_django_run_beside_each_other_each_in_a_thread_of_its_own(
     assert max(answer["together"] for answer in answers) == 6
     assert len(threads_of(answers)) == 6
     assert not any(answer["is_main"] for answer in answers)
-    assert httpx.get(site.url + "/async").json()["is_main"]
+    assert httpx.get(site.url + "/async", timeout=60).json()["is_main"]
 
 
 def test_sync_consumers_of_a_worker_share_one_thread(site):
@@ -120,7 +120,7 @@ def test_sync_consumers_of_a_worker_share_one_thread(site):
 
 
 def test_the_channel_layer_works_from_a_sync_view(site):
-    answer = httpx.get(site.url + "/tell").json()
+    answer = httpx.get(site.url + "/tell", timeout=60).json()
     assert answer["call"]["text"] == "told"
     assert not answer["view"]["is_main"]
     assert answer["call"]["is_main"]  # the loop of the worker, which the request came from
@@ -138,6 +138,6 @@ def test_wsgi_requests_have_a_thread_each_and_the_rest_waits():
             assert answer["iterated"]["thread"] == answer["thread"]
             assert answer["iterated"]["variable"] == "of the request"
         # No loop is above a WSGI thread, so async_to_sync makes one for the call.
-        tell = httpx.get(served.url + "/tell").json()
+        tell = httpx.get(served.url + "/tell", timeout=60).json()
         assert tell["call"]["loop"] is not None
         assert not tell["call"]["is_main"]

@@ -205,7 +205,7 @@ def test_an_idle_connection_is_closed_with_a_close_notify(authority):
     directory = authority.directory
     with Served(
         *(APP, "--ssl-certfile", str(directory / "server.pem"), "--ssl-keyfile", str(directory / "server.key")),
-        *("--timeout-keep-alive", "1", "--timeout-headers", "2"),
+        *("--timeout-keep-alive", "1", "--timeout-headers", "6"),  # within it the one below has to say its request
     ) as running:
         with TlsClient(authority, running) as client:
             client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -80,7 +80,7 @@ def test_fastapi_forms_files_and_raw_bodies(books):
 
 def test_fastapi_headers_cookies_and_responses(library, books):
     headers = [("User-Agent", "a test"), ("X-Token", "one"), ("X-Token", "two"), ("Cookie", "visits=4")]
-    answer = httpx.get(f"{library.url}/echo", headers=headers)
+    answer = httpx.get(f"{library.url}/echo", headers=headers, timeout=60)
     assert answer.json() == {"user_agent": "a test", "tokens": ["one", "two"], "visits": 4}
     assert answer.headers["set-cookie"] == "visits=5; HttpOnly; Path=/; SameSite=lax"
     assert answer.headers["x-seen"] == "a test"
@@ -229,7 +229,7 @@ def test_starlette_templates_static_files_and_responses(box, cards):
         assert slow.read() == b"<li>0<li>1<li>2<li>3<li>4"
     file = cards.get("/file", headers={"Range": "bytes=-6"})
     assert (file.status_code, file.text, file.headers["content-range"]) == (206, "three\n", "bytes 8-13/14")
-    cookies = httpx.get(f"{box.url}/cookies").headers.get_list("set-cookie")
+    cookies = httpx.get(f"{box.url}/cookies", timeout=60).headers.get_list("set-cookie")
     assert [cookie.partition("=")[0] for cookie in cookies] == ["flavour", "size", "old"]
     assert cards.post("/background").json() == {"status": "started"}
     box.wait_for("first task")
@@ -247,7 +247,7 @@ def test_starlette_middleware_sessions_and_authentication(box, cards):
     assert (answer.headers["x-stamp"], answer.headers["x-bare"]) == ("stamped", "passed")
     assert answer.headers["access-control-expose-headers"] == "x-stamp"
     assert "x-bare" not in cards.get("/describe").headers
-    with httpx.Client(base_url=box.url) as visitor:
+    with httpx.Client(base_url=box.url, timeout=60) as visitor:
         assert [visitor.get("/session").json()["visits"] for _ in range(3)] == [1, 2, 3]
     assert cards.get("/private").status_code == 403
     assert cards.get("/private", auth=("ada", "secret")).text == "for ada"
@@ -395,8 +395,8 @@ def test_django_polls_from_the_admin_to_the_results(polls):
 
 def test_django_static_files_without_a_proxy(polls):
     for path in ("/static/polls/style.css", "/static/admin/css/base.css", "/static/admin/js/core.js"):
-        answer = httpx.get(polls.url + path)
+        answer = httpx.get(polls.url + path, timeout=60)
         assert answer.status_code == 200
         assert int(answer.headers["content-length"]) == len(answer.content) > 10
-    assert httpx.get(polls.url + "/static/none.css").status_code == 404
-    assert "DEBUG = True" in httpx.get(polls.url + "/nowhere").text  # Django's page for developers
+    assert httpx.get(polls.url + "/static/none.css", timeout=60).status_code == 404
+    assert "DEBUG = True" in httpx.get(polls.url + "/nowhere", timeout=60).text  # Django's page for developers

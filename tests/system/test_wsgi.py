@@ -18,7 +18,7 @@ from channel_layer import get_channel_layer
 
 app = Flask(__name__)
 app.secret_key = "secret"
-running, most, lock = 0, 0, threading.Lock()
+running, most, changed = 0, 0, threading.Condition()
 
 @app.get("/")
 def hello():
@@ -62,11 +62,13 @@ def fail():
 @app.get("/meet")
 def meet():
     global running, most
-    with lock:
+    with changed:
         running += 1
         most = max(most, running)
-    threading.Event().wait(0.1)
-    with lock:
+        changed.notify_all()
+        changed.wait_for(lambda: most >= 3, 30)  # for those who should be here, too
+    threading.Event().wait(0.1)  # and for those who should not
+    with changed:
         running -= 1
     return {"most": most, "thread": threading.current_thread().name}
 
@@ -125,15 +127,15 @@ def flask(tmp_path_factory):
 
 
 def test_flask_answers(flask):
-    answer = httpx.get(flask.url, params={"name": "é"})
+    answer = httpx.get(flask.url, params={"name": "é"}, timeout=60)
     assert (answer.status_code, answer.text) == (200, "Hello, é!")
-    assert httpx.head(flask.url).headers["content-length"] == "13"
-    assert httpx.get(flask.url + "/nowhere").status_code == 404
-    assert httpx.get(flask.url + "/tell").json() == {"type": "note", "text": "told"}
+    assert httpx.head(flask.url, timeout=60).headers["content-length"] == "13"
+    assert httpx.get(flask.url + "/nowhere", timeout=60).status_code == 404
+    assert httpx.get(flask.url + "/tell", timeout=60).json() == {"type": "note", "text": "told"}
 
 
 def test_flask_forms_files_and_sessions(flask):
-    with httpx.Client(base_url=flask.url) as client:
+    with httpx.Client(base_url=flask.url, timeout=60) as client:
         answer = client.post("/form", data={"user": "ada"}, files={"file": b"x" * 3_000_000})
         assert answer.json() == {"user": "ada", "file": 3_000_000}
         assert client.get("/whoami").json() == {
@@ -159,7 +161,7 @@ def test_flask_streams(flask):
     with httpx.stream("GET", flask.url + "/stream?count=2000", timeout=60) as answer:
         assert answer.headers["transfer-encoding"] == "chunked"
         assert sum(len(chunk) for chunk in answer.iter_raw()) == 20_000_000
-    assert "def hello" in httpx.get(flask.url + "/file").text
+    assert "def hello" in httpx.get(flask.url + "/file", timeout=60).text
 
 
 def test_a_client_that_leaves_closes_the_generator_of_the_view(flask):
@@ -171,7 +173,7 @@ def test_a_client_that_leaves_closes_the_generator_of_the_view(flask):
 
 
 def test_an_error_in_a_view_is_answered_and_logged(flask):
-    assert httpx.get(flask.url + "/fail").status_code == 500
+    assert httpx.get(flask.url + "/fail", timeout=60).status_code == 500
     flask.wait_for("RuntimeError: this view fails on purpose")
 
 
@@ -191,17 +193,17 @@ def test_a_websocket_to_a_wsgi_application_is_refused(flask):
 def test_django(tmp_path):
     (tmp_path / "main.py").write_text(DJANGO)
     with Served("main:application", "--interface", "wsgi", cwd=tmp_path) as served:
-        assert httpx.get(served.url).text == "Hello from Django, 127.0.0.1"
-        assert httpx.get(served.url + "/stream").text == "0\n1\n2\n"
-        assert httpx.get(served.url + "/file").text == DJANGO
+        assert httpx.get(served.url, timeout=60).text == "Hello from Django, 127.0.0.1"
+        assert httpx.get(served.url + "/stream", timeout=60).text == "0\n1\n2\n"
+        assert httpx.get(served.url + "/file", timeout=60).text == DJANGO
         answer = httpx.post(served.url + "/upload", files={"file": b"x" * 3_000_000}, timeout=60)
         assert answer.json() == {"size": 3_000_000, "kind": "TemporaryUploadedFile"}
-        assert httpx.post(served.url + "/lines", content=b"one\ntwo").json() == ["one\n", "two"]
+        assert httpx.post(served.url + "/lines", content=b"one\ntwo", timeout=60).json() == ["one\n", "two"]
         served.wait_for("POST /lines: a line for the log")
         # A client that breaks off in mid-upload is no traceback for the operator.
         with socket.create_connection(("127.0.0.1", served.port)) as client:
             client.sendall(b"POST /lines HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\none\n")
-        assert httpx.get(served.url + "/stream").status_code == 200
+        assert httpx.get(served.url + "/stream", timeout=60).status_code == 200
         assert served.stop() == 0
 
 
@@ -212,7 +214,7 @@ def test_a_client_that_does_not_read_costs_a_thread_until_it_leaves(flask):
         client.connect(("127.0.0.1", flask.port))
         client.sendall(b"GET /stream?count=1000000000 HTTP/1.1\r\nHost: x\r\n\r\n")
         assert client.recv(15).startswith(b"HTTP/1.1 200 OK")
-        assert httpx.get(flask.url).status_code == 200
+        assert httpx.get(flask.url, timeout=60).status_code == 200
         assert flask.output.count("the generator is closed") == closed
     flask.wait_for("the generator is closed", count=closed + 1)
 
