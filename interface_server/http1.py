@@ -49,7 +49,7 @@ from interface_server.protocol.request import Peer, RequestHead
 from interface_server.protocol.request_reader import BodyPiece, RequestReader, RequestStart
 from interface_server.protocol.scope import build_http_scope
 from interface_server.protocol.websocket_handshake import is_websocket_upgrade
-from interface_server.transports import buffered_bytes, socket_descriptor, write_now
+from interface_server.transports import buffered_bytes, held_bytes, socket_descriptor, write_now
 from interface_server.websocket import WebSocketClient
 from interface_server.write_watch import WriteWatch
 
@@ -656,7 +656,7 @@ class Http1Protocol(Protocol):
         """The client sends no more. What it sent is not read yet: is its body complete in there?"""
         if self.phase is not Phase.EXCHANGE or self._is_reading or self._read_ended:
             return False
-        return self._reader.body_bytes_missing > unread_bytes(self._descriptor)
+        return self._reader.body_bytes_missing > unread_bytes(self._descriptor) + held_bytes(self.transport)
 
 
 def _build_peer(transport: Any) -> Peer:

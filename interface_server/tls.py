@@ -12,10 +12,15 @@ waiting for the client's close_notify, which RFC 8446 section 6.1 does not ask f
 ``loseWriteConnection`` sends close_notify and ends our side of the socket only: what still comes is read until the
 client ends its side. A client's close_notify, or the end of its socket, is the end of the connection: TLS libraries
 do not let their users half-close, so nobody waits for an answer behind it.
+
+**Pauses.** A protocol that pauses gets nothing more, as from a TCP transport: what came with what it paused at, the
+client's close_notify too, waits in OpenSSL. Twisted's would go on, and a client that sends and leaves at once would
+be gone before what it sent is read.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import logging
 import ssl
@@ -81,7 +86,7 @@ class TlsContext:
 
     def serverConnectionForTLS(self, transport: TlsTransport) -> SSL.Connection:
         transport.server_certificate = self.server_certificate
-        connection = SSL.Connection(self._context, None)
+        connection = _Connection(self._context, None)
         connection.set_accept_state()
         return connection
 
@@ -177,6 +182,19 @@ def _reason(error: SSL.Error) -> str:
     return "; ".join(entry[2] for entry in entries) or "OpenSSL does not say why"
 
 
+class _Connection(SSL.Connection):
+    """Can be told to give nothing of what it has."""
+
+    is_paused = False
+    has_more = False  # it was asked meanwhile
+
+    def recv(self, bufsiz: int, flags: int | None = None) -> bytes:
+        if self.is_paused:
+            self.has_more = True
+            raise SSL.WantReadError
+        return super().recv(bufsiz, flags)
+
+
 @implementer(IHalfCloseableProtocol)
 class TlsTransport(OwnTransport, BufferingTLSTransport):
     """See "Ends" in the module's docstring. All else of a TCP transport is there too, by way of Twisted's wrapper."""
@@ -184,6 +202,9 @@ class TlsTransport(OwnTransport, BufferingTLSTransport):
     transport: Any
     wrappedProtocol: Any
     _aggregator: Any
+    _tlsConnection: Any  # a _Connection; None when it is lost
+    _read_bytes = 0  # by the last read of the socket, as they came
+    _reads_on = False  # a call of _read_on is on its way
     server_certificate = ""  # as PEM; set when the connection is made
 
     def buffered_bytes(self) -> int:
@@ -193,8 +214,44 @@ class TlsTransport(OwnTransport, BufferingTLSTransport):
         waiting = sum(map(len, getattr(self._aggregator, "_buffer", ())))
         return waiting + sum(map(len, self._appSendBuffer)) + buffered_bytes(self.transport)
 
+    def held_bytes(self) -> int:
+        connection: _Connection | None = self._tlsConnection
+        return self._read_bytes if connection is not None and connection.has_more else 0
+
     def socket_descriptor(self) -> int:
         return socket_descriptor(self.transport)
+
+    def pauseProducing(self) -> None:
+        if self._tlsConnection is not None:
+            self._tlsConnection.is_paused = True
+        self.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        connection: _Connection | None = self._tlsConnection
+        if connection is not None:
+            connection.is_paused = False
+            if connection.has_more:
+                if not self._reads_on:
+                    self._reads_on = True
+                    asyncio.get_running_loop().call_soon(self._read_on)  # the protocol may be in the midst of things
+                return
+        self.transport.resumeProducing()
+
+    def _read_on(self) -> None:
+        """Read what waits in OpenSSL; the socket again behind that."""
+        self._reads_on = False
+        connection: _Connection | None = self._tlsConnection
+        if connection is None or connection.is_paused:
+            return
+        connection.has_more = False
+        try:
+            self._flushReceiveBIO()  # type: ignore[no-untyped-call]
+        except Exception:
+            _LOGGER.exception("reading %r failed", self.wrappedProtocol)
+            self.abortConnection()  # type: ignore[no-untyped-call]
+            return
+        if not connection.is_paused:
+            self.transport.resumeProducing()
 
     def describe_tls(self) -> dict[str, Any]:
         """Return ``scope["extensions"]["tls"]`` (ASGI "TLS Extension" 0.2), once hands are shaken."""
@@ -218,6 +275,10 @@ class TlsTransport(OwnTransport, BufferingTLSTransport):
         self.transport.loseWriteConnection()
 
     # Called by the TCP transport
+
+    def dataReceived(self, data: bytes) -> None:
+        self._read_bytes = len(data)
+        super().dataReceived(data)  # type: ignore[no-untyped-call]
 
     def readConnectionLost(self) -> None:
         self.transport.connectionLost(Failure(CONNECTION_DONE))  # type: ignore[no-untyped-call]

@@ -12,7 +12,7 @@ from typing import Any
 
 from twisted.internet.tcp import Server
 
-__all__ = ["OwnTransport", "buffered_bytes", "socket_descriptor", "unsent_bytes", "write_now"]
+__all__ = ["OwnTransport", "buffered_bytes", "held_bytes", "socket_descriptor", "unsent_bytes", "write_now"]
 
 
 class OwnTransport:
@@ -22,6 +22,9 @@ class OwnTransport:
 
     def buffered_bytes(self) -> int:
         raise NotImplementedError
+
+    def held_bytes(self) -> int:
+        return 0
 
     def socket_descriptor(self) -> int:
         raise NotImplementedError
@@ -35,6 +38,11 @@ def buffered_bytes(transport: Any) -> int:
         return len(transport.dataBuffer) - int(transport.offset) + int(transport._tempDataLen)
     except AttributeError:
         return 0  # not one of Twisted's: then only its pausing bounds it
+
+
+def held_bytes(transport: Any) -> int:
+    """Bytes, at most, that were read from the socket of a paused transport and not given to its protocol."""
+    return transport.held_bytes() if isinstance(transport, OwnTransport) else 0
 
 
 def unsent_bytes(transport: Any) -> int:

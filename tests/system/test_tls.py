@@ -358,3 +358,45 @@ def test_wrong_files_are_one_line(authority, tmp_path):
         assert line in output, (flags, output)
         assert "Traceback" not in output
         assert "INFO" not in output, "nothing was started for it"
+
+
+def leave_with(authority, port, request, answer, data):
+    """Say ``request``; behind ``answer`` send ``data`` and close_notify as one; return when the server has closed."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = client_context(authority).wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with socket.create_connection(("127.0.0.1", port), 60) as raw:
+
+        def step(call, *arguments):
+            while True:
+                try:
+                    return call(*arguments)
+                except ssl.SSLWantReadError:
+                    raw.sendall(outgoing.read())
+                    incoming.write(raw.recv(65536))
+
+        step(tls.do_handshake)
+        tls.write(request)
+        received = b""
+        while answer not in received:
+            received += step(tls.read, 65536)
+        tls.write(data)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.unwrap()
+        raw.sendall(outgoing.read())
+        while raw.recv(65536):
+            pass
+
+
+async def test_messages_in_front_of_a_close_notify_are_read(authority, served):
+    count = 500
+    request = (
+        b"GET /member?group=notified HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    messages = b"".join(b"\x81\x84\0\0\0\0%04d" % number for number in range(count))
+    url = f"wss://localhost:{served.port}/member?group=notified"
+    async with connect(url, ssl=client_context(authority), open_timeout=60) as observer:
+        assert await asyncio.wait_for(observer.recv(), 60) == "joined"
+        await asyncio.to_thread(leave_with, authority, served.port, request, b"joined", messages)
+        taken = [await asyncio.wait_for(observer.recv(), 60) for _ in range(count)]
+    assert taken == [f"{number:04}" for number in range(count)]
