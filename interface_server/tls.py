@@ -106,7 +106,7 @@ def _load(
     key_path = settings.ssl_keyfile or certificate_path
     leaf = _load_certificate(certificate_path)
     password = None if settings.ssl_keyfile_password is None else settings.ssl_keyfile_password.encode()
-    _check_key(key_path, certificate_path, password, leaf)
+    key = _load_key(key_path, certificate_path, password, leaf)
 
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_min_proto_version(_MIN_VERSIONS[settings.ssl_min_version])
@@ -117,10 +117,9 @@ def _load(
         context.set_cipher_list((settings.ssl_ciphers or _CIPHERS).encode())
     except (SSL.Error, UnicodeEncodeError):
         raise TlsSettingsError(f"--ssl-ciphers: {settings.ssl_ciphers!r} selects no cipher OpenSSL knows") from None
-    context.set_passwd_cb(lambda *_: password or b"")  # without it OpenSSL would ask on the terminal
     try:
         context.use_certificate_chain_file(certificate_path)
-        context.use_privatekey_file(key_path)
+        context.use_privatekey(key)
         context.check_privatekey()
     except SSL.Error as error:
         raise TlsSettingsError(f"{certificate_path} and {key_path} cannot be used: {_reason(error)}") from error
@@ -152,7 +151,7 @@ def _load_certificate(path: str) -> x509.Certificate:
     return leaf
 
 
-def _check_key(path: str, certificate_path: str, password: bytes | None, leaf: x509.Certificate) -> None:
+def _load_key(path: str, certificate_path: str, password: bytes | None, leaf: x509.Certificate) -> Any:
     data = _read(path, "key")
     try:
         key = serialization.load_pem_private_key(data, password)
@@ -167,6 +166,7 @@ def _check_key(path: str, certificate_path: str, password: bytes | None, leaf: x
     encoding = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     if key.public_key().public_bytes(*encoding) != leaf.public_key().public_bytes(*encoding):
         raise TlsSettingsError(f"the key {path} does not belong to the certificate {certificate_path}")
+    return key
 
 
 def _check_authorities(path: str) -> None:
