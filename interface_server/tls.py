@@ -15,7 +15,7 @@ do not let their users half-close, so nobody waits for an answer behind it.
 
 **Pauses.** A protocol that pauses gets nothing more, as from a TCP transport: what came with what it paused at, the
 client's close_notify too, waits in OpenSSL. Twisted's would go on, and a client that sends and leaves at once would
-be gone before what it sent is read.
+be gone before what it sent is read. So do the records behind some small ones, until the others have had their turn.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ from interface_server.settings import InterfaceSettings
 from interface_server.transports import OwnTransport, buffered_bytes, socket_descriptor
 
 __all__ = ["TlsContext", "TlsSettingsError", "TlsTransport", "wrap_factory"]
+
+# Records of one client that are read in one turn of the loop: of the smallest a read of 64 KiB holds 2,000, of the
+# largest four. The others wait for the next turn, and the socket is not read.
+TURN_RECORDS_MAX: Final = 16
+# What an incomplete record may have: the largest (RFC 8446 section 5.2, RFC 5246 section 6.2.3), and its head.
+_RECORD_BYTES_MAX: Final = 5 + 2**14 + 2048
+# What a record has at least beside its content: its head, and 16 bytes of authentication.
+_RECORD_OVERHEAD_BYTES: Final = 21
 
 _LOGGER: Final = logging.getLogger("trunkline.interface")
 
@@ -183,16 +191,40 @@ def _reason(error: SSL.Error) -> str:
 
 
 class _Connection(SSL.Connection):
-    """Can be told to give nothing of what it has."""
+    """Gives nothing of what it has while it is paused, and some records in a turn."""
 
     is_paused = False
-    has_more = False  # it was asked meanwhile
+    records_left = TURN_RECORDS_MAX  # of this turn
+    has_more = False  # perhaps: it was asked for what it did not give
+    held_bytes = 0  # at most
+    _last_written_bytes = 0
+
+    def begin_turn(self) -> None:
+        self.records_left = TURN_RECORDS_MAX
+        self.has_more = False
+
+    def bio_write(self, buf: bytes | bytearray | memoryview) -> int:
+        self._last_written_bytes = len(buf)
+        self.held_bytes += len(buf)
+        return super().bio_write(buf)
+
+    def do_handshake(self) -> None:
+        super().do_handshake()
+        self.held_bytes = self._last_written_bytes  # all before that is read
 
     def recv(self, bufsiz: int, flags: int | None = None) -> bytes:
-        if self.is_paused:
+        """A record; Twisted asks for more than the largest."""
+        if self.is_paused or not self.records_left:
             self.has_more = True
             raise SSL.WantReadError
-        return super().recv(bufsiz, flags)
+        self.records_left -= 1
+        try:
+            data = super().recv(bufsiz, flags)
+        except SSL.WantReadError:
+            self.held_bytes = min(self.held_bytes, _RECORD_BYTES_MAX)
+            raise
+        self.held_bytes = max(0, self.held_bytes - len(data) - _RECORD_OVERHEAD_BYTES)
+        return data
 
 
 @implementer(IHalfCloseableProtocol)
@@ -203,7 +235,6 @@ class TlsTransport(OwnTransport, BufferingTLSTransport):
     wrappedProtocol: Any
     _aggregator: Any
     _tlsConnection: Any  # a _Connection; None when it is lost
-    _read_bytes = 0  # by the last read of the socket, as they came
     _reads_on = False  # a call of _read_on is on its way
     server_certificate = ""  # as PEM; set when the connection is made
 
@@ -215,8 +246,7 @@ class TlsTransport(OwnTransport, BufferingTLSTransport):
         return waiting + sum(map(len, self._appSendBuffer)) + buffered_bytes(self.transport)
 
     def held_bytes(self) -> int:
-        connection: _Connection | None = self._tlsConnection
-        return self._read_bytes if connection is not None and connection.has_more else 0
+        return 0 if self._tlsConnection is None else int(self._tlsConnection.held_bytes)
 
     def socket_descriptor(self) -> int:
         return socket_descriptor(self.transport)
@@ -231,27 +261,31 @@ class TlsTransport(OwnTransport, BufferingTLSTransport):
         if connection is not None:
             connection.is_paused = False
             if connection.has_more:
-                if not self._reads_on:
-                    self._reads_on = True
-                    asyncio.get_running_loop().call_soon(self._read_on)  # the protocol may be in the midst of things
+                self._await_turn()  # the protocol may be in the midst of things
                 return
         self.transport.resumeProducing()
+
+    def _await_turn(self) -> None:
+        if not self._reads_on:
+            self._reads_on = True
+            asyncio.get_running_loop().call_soon(self._read_on)
 
     def _read_on(self) -> None:
         """Read what waits in OpenSSL; the socket again behind that."""
         self._reads_on = False
         connection: _Connection | None = self._tlsConnection
-        if connection is None or connection.is_paused:
+        if connection is None or connection.is_paused or self._aborted:
             return
-        connection.has_more = False
+        connection.begin_turn()
         try:
             self._flushReceiveBIO()  # type: ignore[no-untyped-call]
         except Exception:
             _LOGGER.exception("reading %r failed", self.wrappedProtocol)
-            self.abortConnection()  # type: ignore[no-untyped-call]
+            if self._tlsConnection is not None:
+                self.abortConnection()  # type: ignore[no-untyped-call]
             return
-        if not connection.is_paused:
-            self.transport.resumeProducing()
+        if self._tlsConnection is not None and not self._tlsConnection.is_paused:
+            self.resumeProducing()
 
     def describe_tls(self) -> dict[str, Any]:
         """Return ``scope["extensions"]["tls"]`` (ASGI "TLS Extension" 0.2), once hands are shaken."""
@@ -271,14 +305,18 @@ class TlsTransport(OwnTransport, BufferingTLSTransport):
             self._tlsConnection.shutdown()
         except SSL.Error:  # already: then the socket's own end is what is left
             _LOGGER.debug("no close_notify could be sent", exc_info=True)
-        self._flushSendBIO()  # type: ignore[no-untyped-call]
+        self._flushSendBIO()
         self.transport.loseWriteConnection()
 
     # Called by the TCP transport
 
     def dataReceived(self, data: bytes) -> None:
-        self._read_bytes = len(data)
+        connection: _Connection = self._tlsConnection
+        connection.begin_turn()
         super().dataReceived(data)  # type: ignore[no-untyped-call]
+        if connection.has_more and not connection.is_paused:
+            self.transport.pauseProducing()
+            self._await_turn()
 
     def readConnectionLost(self) -> None:
         self.transport.connectionLost(Failure(CONNECTION_DONE))  # type: ignore[no-untyped-call]
@@ -286,6 +324,18 @@ class TlsTransport(OwnTransport, BufferingTLSTransport):
     def writeConnectionLost(self) -> None:
         if IHalfCloseableProtocol.providedBy(self.wrappedProtocol):
             self.wrappedProtocol.writeConnectionLost()
+
+    # Called by Twisted's part of this transport
+
+    def _flushSendBIO(self) -> None:
+        # The TCP transport has nothing more to write and called connectionLost at once: nothing can be sent.
+        if self._tlsConnection is not None:
+            super()._flushSendBIO()  # type: ignore[no-untyped-call]
+
+    def _tlsShutdownFinished(self, reason: Failure | None) -> None:
+        super()._tlsShutdownFinished(reason)  # type: ignore[no-untyped-call]
+        # What a producer writes from now on is dropped, and a TCP transport that waits for it would never close.
+        self.transport.unregisterProducer()
 
 
 def wrap_factory(factory: Any, context: TlsContext, reactor: Any) -> TLSMemoryBIOFactory:

@@ -393,10 +393,10 @@ async def test_messages_in_front_of_a_close_notify_are_read(authority, served):
         b"GET /member?group=notified HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
     )
-    messages = b"".join(b"\x81\x84\0\0\0\0%04d" % number for number in range(count))
+    messages = b"".join(b"\x81\xe4\0\0\0\0%0100d" % number for number in range(count))  # four records
     url = f"wss://localhost:{served.port}/member?group=notified"
     async with connect(url, ssl=client_context(authority), open_timeout=60) as observer:
         assert await asyncio.wait_for(observer.recv(), 60) == "joined"
         await asyncio.to_thread(leave_with, authority, served.port, request, b"joined", messages)
         taken = [await asyncio.wait_for(observer.recv(), 60) for _ in range(count)]
-    assert taken == [f"{number:04}" for number in range(count)]
+    assert taken == [f"{number:0100}" for number in range(count)]
