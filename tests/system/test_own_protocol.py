@@ -90,7 +90,7 @@ async def application(scope, receive, send):
             print("nothing behind close", flush=True)
     elif task == "fault":
         await send({"type": "flow.fault"})
-        print("the application got", (await receive())["type"], flush=True)
+        print(f"the application got {(await receive())['type']}", flush=True)
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)

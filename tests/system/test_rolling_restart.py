@@ -13,7 +13,7 @@ from tests.system.processes import Command, Served, children_of, is_alive, wait_
 APPLICATION = """
 import os
 VERSION = "{version}"
-print("importing", VERSION, flush=True)
+print("importing {version}", flush=True)
 
 async def application(scope, receive, send):
     if scope["type"] == "lifespan":

@@ -22,7 +22,7 @@ async def app(scope, receive, send):
     await receive()
     await send({"type": "websocket.accept"})
     await send({"type": "websocket.send", "text": "welcome"})
-    print("told", await receive(), flush=True)
+    print(f"told {await receive()}", flush=True)
 """
     )
     with Served("told:app", "--lifespan", "off", cwd=tmp_path) as served:
