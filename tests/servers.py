@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 _START_TIMEOUT_S = 15.0
+# Of the clients that look from outside; redis-py's own, 5 s, is as long as a MIGRATE may take.
+_LOOK_TIMEOUT_S = 60.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -196,7 +198,7 @@ class BrokerServer:
 
     def client(self, **options: Any) -> redis.Redis:
         """A synchronous client for looking from outside. Close it (it is a context manager)."""
-        return redis.Redis.from_url(self.url, protocol=2, **options)
+        return redis.Redis.from_url(self.url, protocol=2, **{"socket_timeout": _LOOK_TIMEOUT_S, **options})
 
     def _end(self, number: int) -> None:
         process, self.process = self.process, None

@@ -194,8 +194,8 @@ async def test_a_frozen_master_is_left_for_the_new_one_also_by_blocked_reads(sen
             sentinels.master.resume()
 
 
-async def test_a_planned_failover_wakes_readers_and_loses_no_data(sentinels: SentinelServers) -> None:
-    async with connected(sentinels.url) as broker:
+async def test_a_planned_failover_wakes_readers_and_loses_no_data(calm_sentinels: SentinelServers) -> None:
+    async with connected(calm_sentinels.url) as broker:
         reader = broker.open_reader()
         await broker.call("SET", "before", "x")
 
@@ -209,11 +209,11 @@ async def test_a_planned_failover_wakes_readers_and_loses_no_data(sentinels: Sen
                     return taken
 
         reading = asyncio.create_task(read())
-        with sentinels.sentinels[0].client() as client:
-            client.execute_command("SENTINEL", "FAILOVER", sentinels.NAME)
-        await asyncio.to_thread(sentinels.wait_for_failover)
+        with calm_sentinels.sentinels[0].client() as client:
+            client.execute_command("SENTINEL", "FAILOVER", calm_sentinels.NAME)
+        await asyncio.to_thread(calm_sentinels.wait_for_failover)
         # Until the old master is told that it is a replica, it goes on taking writes.
-        await until(lambda: str(sentinels.replica.port) in str(broker.shards[0]), PATIENCE_S)
+        await until(lambda: str(calm_sentinels.replica.port) in str(broker.shards[0]), PATIENCE_S)
         await resumed(broker, "after", RESUME_S)
         assert await broker.call("GET", "before") == b"x"
         await broker.call("RPUSH", "list", "y")
@@ -222,7 +222,9 @@ async def test_a_planned_failover_wakes_readers_and_loses_no_data(sentinels: Sen
 
 
 async def test_passwords_of_the_master_and_of_its_sentinels(valkey_program: str) -> None:
-    with SentinelServers(valkey_program, password="masters", sentinel_password="theirs") as servers:
+    with SentinelServers(
+        valkey_program, password="masters", sentinel_password="theirs", down_after_ms=60_000
+    ) as servers:
         url = servers.url
         async with connected(url) as broker:
             assert await broker.call("SET", "key", "x") == b"OK"
@@ -234,33 +236,33 @@ async def test_passwords_of_the_master_and_of_its_sentinels(valkey_program: str)
             await Broker(url.replace(":masters@", ":wrong@"), client_name="test").connect()
 
 
-async def test_without_sentinels_the_last_master_is_tried_again(sentinels: SentinelServers) -> None:
-    async with connected(sentinels.url) as broker:
+async def test_without_sentinels_the_last_master_is_tried_again(calm_sentinels: SentinelServers) -> None:
+    async with connected(calm_sentinels.url) as broker:
         changes = Changes(broker)
-        for sentinel in sentinels.sentinels:
+        for sentinel in calm_sentinels.sentinels:
             sentinel.kill()
-        with sentinels.master.client() as client:
+        with calm_sentinels.master.client() as client:
             client.client_kill_filter(_type="normal", skipme=True)
         await changes.wait(2)
         assert changes.seen == [LOST, RESTORED]
         assert await broker.call("SET", "key", "x") == b"OK"
 
 
-async def test_what_is_wrong_with_sentinels_is_said(sentinels: SentinelServers) -> None:
+async def test_what_is_wrong_with_sentinels_is_said(calm_sentinels: SentinelServers) -> None:
     with pytest.raises(BrokerUnsuitable, match=r"where master 'other' is: .*No such master"):
-        await Broker(sentinels.url.replace("/trunk", "/other"), client_name="test").connect()
+        await Broker(calm_sentinels.url.replace("/trunk", "/other"), client_name="test").connect()
     with pytest.raises(BrokerUnavailable, match="none of its Sentinels answers"):
         await Broker(f"redis+sentinel://127.0.0.1:{free_port()}/trunk", client_name="test").connect()
     with pytest.raises(BrokerUnsuitable, match=r"sentinel mode: name it with redis\+sentinel://"):
-        await Broker(sentinels.sentinels[0].url, client_name="test").connect()
-    for sentinel in sentinels.sentinels:  # what was wrong left no connection behind
+        await Broker(calm_sentinels.sentinels[0].url, client_name="test").connect()
+    for sentinel in calm_sentinels.sentinels:  # what was wrong left no connection behind
         with sentinel.client() as client:
             # The Sentinels' own connections have names; this one has none, and neither have ours.
             await until(lambda client=client: sum(not each["name"] for each in client.client_list()) == 1)  # type: ignore[misc]
     # A single Sentinel that answers is enough.
-    for sentinel in sentinels.sentinels[:2]:
+    for sentinel in calm_sentinels.sentinels[:2]:
         sentinel.kill()
-    async with connected(sentinels.url) as broker:
+    async with connected(calm_sentinels.url) as broker:
         assert await broker.call("SET", "key", "x") == b"OK"
 
 
@@ -497,11 +499,11 @@ async def test_a_user_with_the_rights_of_the_readme_in_a_cluster(
         assert [entry for entry in refused if "setinfo" not in str(entry)] == []
 
 
-async def test_a_user_of_the_sentinels_with_the_rights_of_the_readme(sentinels: SentinelServers) -> None:
-    for sentinel in sentinels.sentinels:
+async def test_a_user_of_the_sentinels_with_the_rights_of_the_readme(calm_sentinels: SentinelServers) -> None:
+    for sentinel in calm_sentinels.sentinels:
         with sentinel.client() as client:
             client.execute_command("ACL", "SETUSER", "asks", "on", ">only", *SENTINEL_RIGHTS.split())
-    url = f"{sentinels.url}?sentinel_username=asks&sentinel_password=only"
+    url = f"{calm_sentinels.url}?sentinel_username=asks&sentinel_password=only"
     async with connected(url) as broker:
         assert await broker.call("SET", "key", "x") == b"OK"
 

@@ -24,6 +24,7 @@ from channel_layer.publisher import Publisher
 from channel_layer.redis_layer import RedisChannelLayer
 from tests.channel_layer.contract import ChannelLayerContract, HeldMessages, MakePeer
 from tests.channel_layer.processes import made_peers, started, until
+from tests.channel_layer.test_redis_layer import messages_of
 from tests.servers import BrokerServer
 
 SECRET = "the words that nobody may read"
@@ -185,7 +186,7 @@ async def make_peer(broker_server: BrokerServer) -> AsyncIterator[MakePeer]:
 
 @pytest.fixture
 def held_messages() -> HeldMessages:
-    return lambda layer: layer._home[1]._layer.statistics().local_channels.messages  # type: ignore[attr-defined]
+    return messages_of
 
 
 class TestContract(ChannelLayerContract):

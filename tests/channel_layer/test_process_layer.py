@@ -85,6 +85,7 @@ async def test_frames_survive_a_flush_of_the_broker(broker_server: BrokerServer)
         assert two_heard.ended == []
 
 
+@pytest.mark.usefixtures("patient_ends")
 async def test_stopping_says_goodbye_and_leaves_nothing_in_the_broker(broker_server: BrokerServer) -> None:
     async with started(broker_server.url, "interface", delivery=True) as (interface, heard):
         async with started(broker_server.url, "worker") as (worker, _):
@@ -690,6 +691,7 @@ async def test_the_lease_is_there_before_anybody_can_know_the_process(
 ) -> None:
     """Or a channel made a moment ago would be taken for one of the dead, and flush() would forget to ask."""
     monkeypatch.setattr(LeaseKeeper, "start", lambda keeper: None)  # its thread does not get to run
+    monkeypatch.setitem(LeaseKeeper.__init__.__kwdefaults__, "ttl_s", PATIENCE_S)  # nor renews it, then
     layer = RedisProcessLayer(broker_server.url)
     await layer.start()
     channel = await layer.new_channel()

@@ -85,7 +85,8 @@ async def deployment(url, workers=2, interfaces=2):
         try:
             address = await asyncio.to_thread(interface.wait_for, r"serves .* on (http://\S+)")
             await asyncio.to_thread(worker.wait_for, r"workers \(pid")
-            limits = httpx.Limits(max_connections=DOWNLOADS + TRIES)
+            # None is kept: one that was idle for 5 s would be used and closed at the same instant, now and then.
+            limits = httpx.Limits(max_connections=DOWNLOADS + TRIES, max_keepalive_connections=0)
             async with httpx.AsyncClient(timeout=PATIENCE_S, limits=limits) as client:
                 yield address.group(1), client, (interface, worker)
         finally:

@@ -67,13 +67,15 @@ def test_rubbish_in_every_list():
     with Served(APP) as served, connect(f"{served.ws_url}/echo") as neighbour:
         pids = [*served.pids("worker"), *served.pids("interface server"), served.broker_pid()]
         with redis.Redis.from_url(served.redis_url) as broker, Growth(served) as growth:
+            processes = []
 
-            def alive():
-                """Who has a lease; each process takes it by itself, and may be late with it."""
-                return sorted(re.search(r"\{(.*)\}", key.decode())[1] for key in broker.keys("trunkline:lease:*"))
+            def are_alive():
+                """Whether both have a lease; each process takes it by itself, and may be late with it."""
+                keys = broker.keys("trunkline:lease:*")
+                processes[:] = sorted(re.search(r"\{(.*)\}", key.decode())[1] for key in keys)
+                return len(processes) == 2
 
-            wait_until(lambda: len(alive()) == 2, 60, "both processes have a lease")
-            processes = alive()
+            wait_until(are_alive, 60, "both processes have a lease")
             assert {process[0] for process in processes} == {"i", "w"}
             lists = [
                 *(f"trunkline:1:inbox:{{{process}}}:{part}" for process in processes for part in ("link", "mail")),

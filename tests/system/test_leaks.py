@@ -136,14 +136,16 @@ async def websocket_closed(visit):
 
 async def websocket_closed_by_the_application(visit):
     await visit.upgrade("/close?code=4000")
+    assert await visit.reader.readexactly(4) == b"\x88\x02\x0f\xa0"  # in front of ours, which it would answer else
     visit.polite_close()
-    assert await visit.reader.read() == b"\x88\x02\x0f\xa0"
+    assert await visit.reader.read() == b""
 
 
 async def websocket_failed(visit):
     await visit.upgrade("/fail")
+    assert await visit.reader.readexactly(4) == b"\x88\x02\x03\xf3"  # see above
     visit.polite_close()
-    assert await visit.reader.read() == b"\x88\x02\x03\xf3"
+    assert await visit.reader.read() == b""
 
 
 async def websocket_refused(visit):
@@ -197,6 +199,14 @@ async def one_round(port):
     await asyncio.gather(*[one(way) for way in ways])
 
 
+def steady(look):
+    """What is seen twice in a row: of the requests before it nothing is on its way any more."""
+    before = look()
+    while (now := look()) != before:
+        before = now
+    return before
+
+
 class Household:
     """What the processes of one command hold."""
 
@@ -223,7 +233,7 @@ def test_nothing_is_left_of_connections_that_are_over():
     with Served(APP, "--workers", "1", "--no-access-log") as served:
         household = Household(served)
         wait_until(lambda: len(list(household.redis.scan_iter("*lease*"))) == 2, 30, "both processes have a lease")
-        before, descriptors_before = household.look(), household.descriptors()
+        before, descriptors_before = steady(household.look), household.descriptors()
         assert before["worker"]["Instance"] == 1  # the one that answers
         for _ in range(WARMING_ROUNDS):
             asyncio.run(one_round(served.port))
@@ -253,7 +263,9 @@ def test_nothing_is_left_of_connections_that_are_over():
         served.stop()
         told = served.output
     errors = [line for line in told.splitlines() if line.startswith(("ERROR", "CRITICAL", "WARNING"))]
-    assert not [line for line in errors if not re.search(r" /(half|fail)\b", line)]
+    # A busy machine may keep a broker from answering for the second that a lease's renewal has.
+    expected = r" /(half|fail)\b|lease \S+ cannot be renewed"
+    assert not [line for line in errors if not re.search(expected, line)]
     assert re.search(r"<Connections open=0 known=0 parked=0 openings=0 workers=0 <BroadcastMemory 0 of", told)
     assert re.search(r"<WorkerProcess \w+: 0 http, 0 websocket> stops", told)
 
@@ -349,7 +361,7 @@ def test_nothing_is_left_of_connections_that_were_handed_over():
     with Served(HANDOVER_APP, "--workers", "2", "--no-access-log") as served:
         household = TwoWorkers(served)
         household.wait_for_both()
-        before = household.look()
+        before = steady(household.look)
         descriptors = len(os.listdir(f"/proc/{household.interface}/fd"))
         asyncio.run(household.one_round(0))
         asyncio.run(household.one_round(1))

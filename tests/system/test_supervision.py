@@ -25,7 +25,8 @@ def test_no_frozen_child_survives_a_killed_supervisor():
 
 def test_halves_with_several_processes_need_the_broker_at_the_start_and_outlive_its_absence(broker_server):
     redis = ("--redis", broker_server.url)
-    interfaces = ("interface", "--port", "0", "--interfaces", "2", *redis)
+    # What is asked as soon as the broker is back waits for the processes to notice, however long that takes.
+    interfaces = ("interface", "--port", "0", "--interfaces", "2", "--broker-wait", "60", *redis)
     workers = ("worker", APP, "--workers", "2", *redis)
     broker_server.kill()
     for argv in (interfaces, workers):
@@ -99,7 +100,7 @@ async def application(scope, receive, send):
 """
     # Of another length than the next one: what Python compiled of a file of the same second and length would stay.
     (tmp_path / "rolled.py").write_text(application.replace("VERSION", "first"))
-    flags = ("--lifespan", "off", "--workers", "2", "--redis", broker_server.url)
+    flags = ("--lifespan", "off", "--workers", "2", "--broker-wait", "60", "--redis", broker_server.url)
     with Served("rolled:application", *flags, cwd=tmp_path) as served:
         (tmp_path / "rolled.py").write_text(application.replace("VERSION", "second"))
         broker_server.kill()

