@@ -33,7 +33,6 @@ from channel_layer.errors import BrokerUnavailable
 from channel_layer.readiness import BEAT_INTERVAL_S, LifePhase, StatusWord, build_status, explain_unready
 
 __all__ = [
-    "FORCED_LEAVE_TIMEOUT_S",
     "HURRIED_DRAIN_S",
     "INTERRUPTED",
     "STATUS_VARIABLE",
@@ -53,7 +52,7 @@ STATUS_VARIABLE: Final = "TRUNKLINE_STATUS_FD"
 # After Ctrl-C: a developer waits for the prompt.
 HURRIED_DRAIN_S: Final = 1.0
 # After a second signal: to say goodbye on the links. Then the others find us gone by our lease.
-FORCED_LEAVE_TIMEOUT_S: Final = 0.5
+_FORCED_LEAVE_TIMEOUT_S: Final = 0.5
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # When a stack could not be written in this time (stderr is a pipe that nobody reads), the process ends without.
 _DUMP_TIMEOUT_S: Final = 5.0
@@ -137,11 +136,11 @@ def _abandon(task: asyncio.Future[object]) -> None:
 
 
 async def leave(layer: LeavingLayer, at_once: asyncio.Event) -> bool:
-    """Stop the layer. False: it had not ended ``FORCED_LEAVE_TIMEOUT_S`` behind ``at_once``, and was given up."""
+    """Stop the layer. False: it had not ended ``_FORCED_LEAVE_TIMEOUT_S`` behind ``at_once``, and was given up."""
 
     async def limit() -> None:
         await at_once.wait()
-        limited.reschedule(asyncio.get_running_loop().time() + FORCED_LEAVE_TIMEOUT_S)
+        limited.reschedule(asyncio.get_running_loop().time() + _FORCED_LEAVE_TIMEOUT_S)
 
     limiting = asyncio.ensure_future(limit())
     try:

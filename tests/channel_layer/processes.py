@@ -16,6 +16,13 @@ __all__ = ["PATIENCE_S", "RecordingListener", "made_peers", "started", "until", 
 
 # Reached only when something is broken.
 PATIENCE_S = 60.0
+# The fixture ``patient_ends``, for scripts that are processes of their own.
+PATIENT = """
+import channel_layer.home, channel_layer.leases
+# A machine that stands still for a moment is nothing to complain of, and the end is waited for.
+channel_layer.leases.RENEWAL_TIMEOUT_S = channel_layer.home._STOP_TIMEOUT_S = 60.0
+channel_layer.leases.LeaseKeeper.stop.__defaults__ = (True, 60.0)
+"""
 
 
 class RecordingListener:

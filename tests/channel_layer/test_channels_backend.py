@@ -11,16 +11,15 @@ import sys
 
 import pytest
 
+from tests.channel_layer.processes import PATIENT
 from tests.servers import BrokerServer
 
 pytest.importorskip("channels")
 
-HEAD = """
+HEAD = (
+    PATIENT
+    + """
 import asyncio, logging, os, sys, threading
-import channel_layer.home, channel_layer.leases
-# A machine that stands still for a moment is nothing to complain of, and the end is waited for.
-channel_layer.leases.RENEWAL_TIMEOUT_S = channel_layer.home._STOP_TIMEOUT_S = 60.0
-channel_layer.leases.LeaseKeeper.stop.__defaults__ = (True, 60.0)
 logging.getLogger("asyncio").addFilter(lambda record: not str(record.msg).startswith("Executing "))
 from django.conf import settings
 settings.configure(
@@ -54,6 +53,7 @@ class WebsocketCommunicator(ApplicationCommunicator):
         await self.send_input({"type": "websocket.disconnect", "code": 1000})
         await self.wait(timeout)
 """
+)
 
 # As in the tutorial of Channels, parts 2 and 3.
 CONSUMERS = """

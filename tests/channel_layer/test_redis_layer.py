@@ -26,7 +26,7 @@ from channel_layer.home import close_homes
 from channel_layer.process_layer import RedisProcessLayer
 from channel_layer.redis_layer import RedisChannelLayer
 from tests.channel_layer.contract import ChannelLayerContract, HeldMessages, MakePeer
-from tests.channel_layer.processes import PATIENCE_S, made_peers, started, until
+from tests.channel_layer.processes import PATIENCE_S, PATIENT, made_peers, started, until
 from tests.servers import BrokerServer
 
 HELLO = {"type": "hello"}
@@ -348,14 +348,6 @@ def test_async_to_sync_from_many_threads_for_long_leaks_nothing(broker_server: B
     numbers += [async_to_sync(layer.receive)(channel)["number"] for _ in range(300)]
     assert sorted(numbers) == list(range(400))
     close_homes()
-
-
-PATIENT = """
-import channel_layer.home, channel_layer.leases
-# A machine that stands still for a moment is nothing to complain of, and the end is waited for.
-channel_layer.leases.RENEWAL_TIMEOUT_S = channel_layer.home._STOP_TIMEOUT_S = 60.0
-channel_layer.leases.LeaseKeeper.stop.__defaults__ = (True, 60.0)
-"""
 
 
 def run_script(text: str, server: BrokerServer) -> subprocess.CompletedProcess[str]:

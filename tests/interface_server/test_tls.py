@@ -94,6 +94,13 @@ class World:
         """What the client has written arrives in one read."""
         self.tls.dataReceived(self.outgoing.read())
 
+    def pause_between_two(self) -> None:
+        """b"1" and b"2" arrive at once; the protocol pauses at the first."""
+        self.protocol.pauses_at = b"1"
+        self.client.write(b"1")
+        self.client.write(b"2")
+        self.send()
+
     def leave(self) -> None:
         with contextlib.suppress(ssl.SSLWantReadError):
             self.client.unwrap()
@@ -130,10 +137,7 @@ async def test_a_paused_protocol_gets_nothing_and_all_of_it_later(world: World) 
 
 
 async def test_a_protocol_that_pauses_again_meanwhile_stays_paused(world: World) -> None:
-    world.protocol.pauses_at = b"1"
-    world.client.write(b"1")
-    world.client.write(b"2")
-    world.send()
+    world.pause_between_two()
     world.tls.resumeProducing()
     world.tls.pauseProducing()
     await asyncio.sleep(0)
@@ -194,10 +198,7 @@ async def test_a_client_that_has_left_is_not_waited_for_by_way_of_a_producer(wor
 
 
 async def test_nothing_is_read_for_one_that_is_aborted(world: World) -> None:
-    world.protocol.pauses_at = b"1"
-    world.client.write(b"1")
-    world.client.write(b"2")
-    world.send()
+    world.pause_between_two()
     world.tls.resumeProducing()
     world.tls.abortConnection()
     await asyncio.sleep(0)
