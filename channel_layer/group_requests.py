@@ -6,6 +6,7 @@ here: being asked (process_layer.py).
 
     ask --> frame or letter --answer--> done
                 +--owner ended, or its lease is missing--> done (a dead owner's channels are in no group)
+                +--owner took us for dead--> asked again, on the new link
                 +--5 s--> TimeoutError
 """
 
@@ -20,6 +21,7 @@ from channel_layer import frames, mail
 from channel_layer.broker import Broker
 from channel_layer.errors import BrokerError, BrokerUnavailable
 from channel_layer.inbox import ListWriter
+from channel_layer.link import GIVEN_UP_REASONS
 from channel_layer.names import Keys, is_linked
 
 __all__ = ["ANSWER_WAIT_S", "GroupRequests", "connection_of"]
@@ -62,8 +64,8 @@ class GroupRequests:
         self._loop = loop
         self._expiry_ms = int(expiry_s * 1000)
         self._link_send = link_send
-        # Request -> its owner and who waits. Each ends after ANSWER_WAIT_S, so callers bound it.
-        self._waiting: dict[int, tuple[str, asyncio.Future[bool]]] = {}
+        # Request -> its owner, who waits, and its frame, if any. Each ends after ANSWER_WAIT_S: callers bound it.
+        self._waiting: dict[int, tuple[str, asyncio.Future[bool], bytes | None]] = {}
         self._last_request = 0
 
     def __repr__(self) -> str:
@@ -78,13 +80,15 @@ class GroupRequests:
         self._last_request += 1
         request = self._last_request
         answered: asyncio.Future[bool] = self._loop.create_future()
-        self._waiting[request] = (owner, answered)
+        self._waiting[request] = (owner, answered, None)
         deadline = self._loop.time() + ANSWER_WAIT_S
         try:
             connection = connection_of(channel)
             if self._link_send is not None and connection is not None and is_linked(owner):
                 build_frame = frames.build_group_add if add else frames.build_group_discard
-                self._link_send(owner, build_frame(connection, epoch, request, group))
+                frame = build_frame(connection, epoch, request, group)
+                self._waiting[request] = (owner, answered, frame)
+                self._link_send(owner, frame)
                 await self._wait(answered, deadline)
             else:
                 build_letter = mail.build_group_add if add else mail.build_group_discard
@@ -110,7 +114,7 @@ class GroupRequests:
             self._last_request += 1
             requests.append(self._last_request)
             answered: asyncio.Future[bool] = self._loop.create_future()
-            self._waiting[self._last_request] = (process, answered)
+            self._waiting[self._last_request] = (process, answered, None)
             answers.append(answered)
             self._writer.push_unasked(
                 self._keys.mail(process),
@@ -131,11 +135,17 @@ class GroupRequests:
         if waiting is not None and not waiting[1].done():
             waiting[1].set_result(done)
 
-    def peer_ended(self, peer: str) -> None:
-        """The link to ``peer`` is over: its connections are gone, and with them their memberships."""
-        for owner, answered in self._waiting.values():
-            if owner == peer and not answered.done():
+    def peer_ended(self, peer: str, reason: str) -> None:
+        """The link to ``peer`` is over, and its memberships with it, unless it lives and only took us for dead."""
+        for owner, answered, frame in self._waiting.values():
+            if owner != peer or answered.done():
+                continue
+            if reason not in GIVEN_UP_REASONS:
                 answered.set_result(True)
+            elif frame is not None and self._link_send is not None:
+                self._link_send(
+                    owner, frame
+                )  # it may have arrived before: to add or to discard twice is to do it once
 
     async def _ask_by_mail(self, owner: str, letter: bytes, answered: asyncio.Future[bool], deadline: float) -> None:
         pushed = self._writer.push(

@@ -531,6 +531,9 @@ class Link:
         if kind is BlobKind.RESET:
             # For a stream that is not our newest it comes too late: that link is over already.
             return self._refused(blob, RESET) if self._stream and blob.ack_stream == self._stream else _NOTHING
+        if 0 < blob.stream <= self._ended_stream:
+            # It does not know that the link is over: our RESET may be lost. (For a late copy it changes nothing.)
+            self._reset_due = blob.stream
         if kind is BlobKind.PING:
             self._pong_due = blob.sequence
         if kind is BlobKind.PONG and self._probe is not None and self._probe[0] == blob.sequence:

@@ -920,7 +920,7 @@ class RedisProcessLayer(ChannelsBackend):
             return
         if parts.watch is not None:
             parts.watch.forget(peer)
-        parts.requests.peer_ended(peer)
+        parts.requests.peer_ended(peer, reason)
         parts.listener.peer_ended(peer, reason)
 
     # What comes in: mail

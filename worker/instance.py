@@ -500,9 +500,12 @@ class Instance:
         self._set_disconnect({**self._abnormal_disconnect(), **({"code": 1012} if details else {})})
 
     def cancel(self, log: str | None = None) -> None:
-        """Cancel the call; ``log`` says why in a line that also tells where the application waited."""
+        """Cancel the call; ``log`` says why in a line that also tells where the application waited.
+
+        A call that was cancelled before cleans up; only a deadline interrupts it in that, one with a ``log``.
+        """
         self._drop_close_timer()
-        if self._task is None or self._task.done():
+        if self._task is None or self._task.done() or (self._is_cancelled and log is None):
             return
         if log is not None:
             logger.warning(

@@ -573,6 +573,18 @@ def test_after_an_end_both_begin_anew() -> None:
     assert a.link.state is b.link.state is LinkState.OPEN
 
 
+def test_whoever_missed_its_reset_is_told_at_its_next_word() -> None:
+    a, b = connected()
+    a.link.give_up()
+    reset = a.push()  # lost, with the connection of the reader
+    b.link.reader_restored()
+    gap = b.push()
+    assert kinds(gap) == ["GAP"]
+    assert a.take(gap) == [Received(None, [], None)]
+    assert a.push() == reset
+    assert b.take(reset) == [Received(RESET, [], None)]
+
+
 def test_a_newer_stream_means_that_the_peer_gave_us_up() -> None:
     a, b = connected()
     b.send(2)

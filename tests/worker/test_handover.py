@@ -21,6 +21,7 @@ from starlette.websockets import WebSocket
 
 from channel_layer.codec import decode_message, encode_message
 from channel_layer.frames import STATE_COMMIT, STATE_NOTIFY, FrameKind, Outcome
+from channel_layer.link import AWAY, RESET
 from channel_layer.openings import encode_opening
 from tests.worker.support import INTERFACE, FakeInterface, FakeLayer, make_opening, turns, websocket_scope
 from worker.events import STATE_BYTES_MAX, InvalidEvent
@@ -498,6 +499,32 @@ async def test_who_is_taken_for_dead_is_cancelled_without_a_disconnect(reason: s
     bench.process.peer_ended(INTERFACE, reason)
     await turns()
     assert ended == (ends if reason == "left" else ["cancelled", 1])
+    assert bench.process.instances() == []
+
+
+async def test_who_is_taken_for_dead_cleans_up_undisturbed() -> None:
+    """A frozen worker that wakes is told twice: by the interface server's RESET, and by its own clock."""
+    cleaned_up: list[str] = []
+    answered = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "websocket.accept"})
+        try:
+            await receive()
+        finally:
+            await answered.wait()  # a group_discard, say
+            cleaned_up.append("done")
+
+    bench = Bench(application)
+    await bench.connect()
+    bench.process.peer_ended(INTERFACE, RESET)
+    await turns()
+    bench.process.peer_ended(INTERFACE, AWAY)
+    await turns()
+    answered.set()
+    await turns()
+    assert cleaned_up == ["done"]
     assert bench.process.instances() == []
 
 
