@@ -225,6 +225,8 @@ class RedisProcessLayer(ChannelsBackend):
         self.proved_at: float | None = None
         self._away: set[BrokerShard] = set()  # as far as everybody was told
         self._told_reachable = True  # what the listener was told of our inbox
+        # Channels that were told that a shard went, until all are back. As many as are read, or in groups.
+        self._told_of_outage: dict[str, None] = {}
         self._absence_count = 0
         self._absences_seen = 0
         self._letter_expired_count = 0
@@ -572,7 +574,8 @@ class RedisProcessLayer(ChannelsBackend):
         """From now on, tell the channels that this process reads when the broker goes, and when it is back.
 
         They get a message of the first type, or of the second; None: nothing. Told are channels that somebody waits
-        at, and members of groups. "Back" is also a broker that lost its data without having been away.
+        at, and members of groups; whoever was told of the first is told of the second. "Back" is also a broker that
+        lost its data without having been away.
         """
         if notices != (None, None):
             self._notices = {*self._notices, notices}
@@ -1033,9 +1036,13 @@ class RedisProcessLayer(ChannelsBackend):
             parts.listener.broker_changed(self._told_reachable)
 
     def _announce(self, parts: _Parts, types: list[str | None]) -> None:
+        if not types or parts.delivery is not None:
+            return
+        channels = {**self._told_of_outage, **dict.fromkeys([*parts.local.names(), *parts.groups.channels()])}
+        # Who was told may be busy with that, and not yet wait again when the broker is back.
+        self._told_of_outage = channels if self._away else {}
         for kind in types:
-            if kind is not None and parts.delivery is None:
-                channels = dict.fromkeys([*parts.local.names(), *parts.groups.channels()])
+            if kind is not None:
                 parts.local.deliver(channels.keys(), encode_message({"type": kind}))
 
     # Who lives
