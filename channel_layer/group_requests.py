@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final
 
 from channel_layer import frames, mail
@@ -64,8 +65,9 @@ class GroupRequests:
         self._loop = loop
         self._expiry_ms = int(expiry_s * 1000)
         self._link_send = link_send
-        # Request -> its owner, who waits, and its frame, if any. Each ends after ANSWER_WAIT_S: callers bound it.
-        self._waiting: dict[int, tuple[str, asyncio.Future[bool], bytes | None]] = {}
+        # Request -> its owner, who waits, and what asks (again) on the link; None: asked by mail. Each ends after
+        # ANSWER_WAIT_S, so callers bound it.
+        self._waiting: dict[int, tuple[str, asyncio.Future[bool], Callable[[], object] | None]] = {}
         self._last_request = 0
 
     def __repr__(self) -> str:
@@ -80,15 +82,16 @@ class GroupRequests:
         self._last_request += 1
         request = self._last_request
         answered: asyncio.Future[bool] = self._loop.create_future()
-        self._waiting[request] = (owner, answered, None)
+        ask_on_link: Callable[[], object] | None = None
+        connection = connection_of(channel)
+        if self._link_send is not None and connection is not None and is_linked(owner):
+            build_frame = frames.build_group_add if add else frames.build_group_discard
+            ask_on_link = partial(self._link_send, owner, build_frame(connection, epoch, request, group))
+        self._waiting[request] = (owner, answered, ask_on_link)
         deadline = self._loop.time() + ANSWER_WAIT_S
         try:
-            connection = connection_of(channel)
-            if self._link_send is not None and connection is not None and is_linked(owner):
-                build_frame = frames.build_group_add if add else frames.build_group_discard
-                frame = build_frame(connection, epoch, request, group)
-                self._waiting[request] = (owner, answered, frame)
-                self._link_send(owner, frame)
+            if ask_on_link is not None:
+                ask_on_link()
                 await self._wait(answered, deadline)
             else:
                 build_letter = mail.build_group_add if add else mail.build_group_discard
@@ -137,15 +140,13 @@ class GroupRequests:
 
     def peer_ended(self, peer: str, reason: str) -> None:
         """The link to ``peer`` is over, and its memberships with it, unless it lives and only took us for dead."""
-        for owner, answered, frame in self._waiting.values():
+        for owner, answered, ask_on_link in self._waiting.values():
             if owner != peer or answered.done():
                 continue
             if reason not in GIVEN_UP_REASONS:
                 answered.set_result(True)
-            elif frame is not None and self._link_send is not None:
-                self._link_send(
-                    owner, frame
-                )  # it may have arrived before: to add or to discard twice is to do it once
+            elif ask_on_link is not None:
+                ask_on_link()  # it may have arrived before: to add or to discard twice is to do it once
 
     async def _ask_by_mail(self, owner: str, letter: bytes, answered: asyncio.Future[bool], deadline: float) -> None:
         pushed = self._writer.push(

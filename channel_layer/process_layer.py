@@ -225,7 +225,7 @@ class RedisProcessLayer(ChannelsBackend):
         self.proved_at: float | None = None
         self._away: set[BrokerShard] = set()  # as far as everybody was told
         self._told_reachable = True  # what the listener was told of our inbox
-        # Channels that were told that a shard went, until all are back. As many as are read, or in groups.
+        # Channels that were told that a shard went, until all are back: those read, or in groups, at that time.
         self._told_of_outage: dict[str, None] = {}
         self._absence_count = 0
         self._absences_seen = 0
@@ -358,6 +358,7 @@ class RedisProcessLayer(ChannelsBackend):
         )
         self._away = {shard for shard in self._broker.shards if not shard.reachable}
         self._told_reachable = True
+        self._told_of_outage = {}
         self._broker.subscribe(self._broker_changed)
         if self.role != "client":
             self._open_inbox(self._parts)
